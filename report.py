@@ -1,0 +1,290 @@
+"""What a run leaves behind: its facts, its record and figure, and pictures of what the model does.
+
+Everything here is drawn from records and predictions; nothing is trained. A figure needs its record
+and nothing else, so figures/ can be drawn again from figures/results.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.patches import Patch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils import ROOT, Batches, Dataset, Epoch, Settings, dtype_name, hardware_name
+
+# The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
+WRITE_UP = {
+    "mnist": dict(best=93.7625, best_epoch=41, final=93.725, epochs=100, minutes=32),
+    "cifar10": dict(best=76.83, best_epoch=35, final=76.5225, epochs=100, minutes=20),
+    "segmentation-1": dict(
+        best=59.267421875, best_epoch=99, final=59.11447265625, epochs=100, minutes=151.514306
+    ),
+    "segmentation-2": dict(
+        best=65.432373046875, best_epoch=35, final=65.160849609375, epochs=50, minutes=236.943253203
+    ),
+    "segmentation-3": dict(
+        best=68.498642578125, best_epoch=28, final=67.664384765625, epochs=34, minutes=211.102264
+    ),
+    "segmentation-4": dict(
+        best=75.506806640625, best_epoch=56, final=75.3687890625, epochs=100, minutes=143.612789
+    ),
+}
+
+
+# --------------------------------------------------------------------------------- model facts
+
+
+def parameters(model: nn.Module) -> int:
+    """How many trainable parameters a model has."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.inference_mode()
+def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
+    """Multiply-adds of one forward pass over one image of shape (C, H, W)."""
+    probe = copy.deepcopy(model).to("meta").eval()  # shapes alone: nothing is computed
+    with FlopCounterMode(display=False) as counter:
+        probe(torch.zeros(1, *shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int:
+    """Side, in pixels, of the square of the input that one output position depends on.
+
+    Measured: the extent of the input's gradient at a central output of a fully convolutional
+    model, with weights of one and averages for maxima so that nothing cancels or is masked.
+    """
+    probe = copy.deepcopy(model).cpu().double().eval()
+    for module in list(probe.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.MaxPool2d):
+                setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+        for parameter in module.parameters(recurse=False):
+            nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
+    image = torch.ones(1, channels, size, size, dtype=torch.float64, requires_grad=True)
+    output = probe(image)
+    output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum().backward()
+    touched = image.grad[0].sum(0).nonzero()
+    return int((touched.max(0).values - touched.min(0).values).max()) + 1
+
+
+# ------------------------------------------------------------------------- records and figures
+
+
+def record_run(
+    name: str,
+    run: Settings,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule,
+    batches: Batches,
+    validation: Batches,
+    history: Sequence[Epoch],
+    official_test_accuracy: float,
+    seed: int,
+) -> dict:
+    """Write all there is to know about a run to results.json and draw its figure.
+
+    A record gives way only to one of at least as many epochs. Returns the new record.
+    """
+    best = max(history, key=lambda e: e.validation_accuracy)
+    group, data = optimizer.defaults, batches.dataset
+    settings_of = {
+        k: group[k] for k in ("lr", "momentum", "nesterov", "weight_decay") if k in group
+    }
+    record = dict(
+        run=name,
+        profile=run.profile,
+        best_accuracy=best.validation_accuracy,
+        best_epoch=best.epoch,
+        final_accuracy=history[-1].validation_accuracy,
+        official_test_accuracy=official_test_accuracy,
+        train_seconds=sum(e.seconds for e in history),
+        evaluation_seconds=sum(e.validation_seconds for e in history),
+        dataset=data.name,
+        source=data.source,
+        split=f"{len(data)} training, {len(validation.dataset)} validation images",
+        model=type(model).__name__,
+        parameters=parameters(model),
+        multiply_adds=multiply_adds(model, data.images.shape[1:]),
+        epochs=len(history),
+        batch_size=batches.batch_size,
+        optimizer=f"{type(optimizer).__name__} {settings_of}",
+        schedule="constant" if schedule is None else type(schedule).__name__,
+        augmentation=f"flip {batches.flip}, shift {batches.shift}",
+        device=hardware_name(run.device),
+        precision=dtype_name(run.precision),
+        torch=torch.__version__,
+        seed=seed,
+        commit=_commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        history=[e._asdict() for e in history],
+    )
+    save_record(record, run.figures)
+    return record
+
+
+def save_record(record: dict, folder: Path) -> None:
+    """Put a record into folder/results.json and draw its figure, unless a longer run is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {old["run"]: old for old in load_records(folder)}
+    old = records.get(record["run"])
+    if old and old["epochs"] > record["epochs"]:
+        print(
+            f"{record['run']}: kept the earlier record of {old['epochs']} epochs in {folder.name}/"
+        )
+        return
+    records[record["run"]] = record
+    text = json.dumps([records[name] for name in sorted(records)], indent=1)
+    partial = folder / "results.json.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(folder / "results.json")
+    draw_history(record).savefig(folder / f"{record['run']}.png", dpi=120)
+
+
+def load_records(folder: Path) -> list[dict]:
+    """The records of folder/results.json, none where there is no such file."""
+    file = folder / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def draw_history(record: dict) -> plt.Figure:
+    """Accuracy against epoch for one record, its facts and the write-up's in the caption."""
+    history, old = record["history"], write_up(record)
+    epochs = [e["epoch"] for e in history]
+    training, validation = ([e[k] for e in history] for k in ("accuracy", "validation_accuracy"))
+    best = record["best_epoch"], record["best_accuracy"]
+    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    style = dict(markevery=max(1, len(epochs) // 10), markersize=5)
+    axes.plot(epochs, validation, "o-", color="#0072B2", label="validation, the 20% split", **style)
+    axes.plot(epochs, training, "s:", color="#E69F00", label="training, as met", **style)
+    axes.plot(*best, "*", color="#D55E00", markersize=13, label="best")
+    caption = (
+        f"{record['dataset']} ({record['source']}) on {record['device']}, {record['precision']}.\n"
+        f"Run time {record['train_seconds'] / 60:.2f} min for {record['epochs']} epochs. "
+        f"Best score {best[1]:.2f}% at epoch {best[0]}, "
+        f"final score {record['final_accuracy']:.2f}%."
+    )
+    if old:
+        axes.axhline(old["best"], color="black", ls="--", lw=1, label="the write-up's best")
+        caption += (
+            f"\nWrite-up: {old['minutes']:.0f} min for {old['epochs']} epochs. "
+            f"Best score {old['best']:.2f}% at epoch {old['best_epoch']}, "
+            f"final score {old['final']:.2f}%."
+        )
+    axes.set(title=f"{record['run']}: accuracy against epoch", ylabel="accuracy, %")
+    axes.set_xlabel(f"epoch\n\n{caption}", fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def write_up(record: dict) -> dict | None:
+    """The write-up's facts for a record's run; None for a sample, which compares with nothing."""
+    return None if "sample" in record["source"] else WRITE_UP.get(record["run"])
+
+
+def summary(records: Sequence[dict]) -> str:
+    """A table of records, one line a run, beside the write-up's final scores."""
+    lines = [
+        f"{'run':<16}{'parameters':>12}{'mult-adds':>11}{'epochs':>8}{'seconds':>9}"
+        f"{'final %':>9}{'test %':>8}{'write-up %':>12}{'difference':>12}"
+    ]
+    for record in records:
+        final, old = record["final_accuracy"], write_up(record)
+        lines.append(
+            f"{record['run']:<16}{record['parameters']:>12,}"
+            f"{record['multiply_adds'] / 1e6:>9,.0f} M{record['epochs']:>8}"
+            f"{record['train_seconds']:>9.1f}{final:>9.2f}{record['official_test_accuracy']:>8.2f}"
+            + (f"{old['final']:>12.2f}{final - old['final']:>+12.2f}" if old else f"{'-':>12}" * 2)
+        )
+    return "\n".join(lines)
+
+
+def _commit() -> str:
+    """The commit this checkout is at, with -dirty where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return answer.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> None:
+    """Images uint8 (N, C, H, W) in a grid, each under its title."""
+    rows = math.ceil(len(images) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, title in zip(grid.flat, images, titles, strict=False):
+        axes.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray")
+        axes.set_title(title, fontsize=7)
+    plt.show()
+
+
+def show_classes(dataset: Dataset, each: int = 2) -> None:
+    """The first `each` examples of every class of a classification data set."""
+    index = torch.cat(
+        [(dataset.labels == c).nonzero()[:each, 0] for c in range(len(dataset.classes))]
+    )
+    order = index.view(-1, each).T.reshape(-1)
+    show_images(dataset.images[order], [dataset.classes[i] for i in dataset.labels[order]])
+
+
+def show_mistakes(
+    dataset: Dataset, guesses: Tensor, probabilities: Tensor, count: int = 10
+) -> None:
+    """The wrong guesses with the highest probability, with both labels."""
+    wrong = (guesses != dataset.labels).nonzero()[:, 0]
+    worst = wrong[probabilities[wrong].argsort(descending=True)][:count]
+    names = dataset.classes
+    show_images(
+        dataset.images[worst],
+        [
+            f"{names[guesses[i]]} {100 * probabilities[i]:.0f}%\nis {names[dataset.labels[i]]}"
+            for i in worst
+        ],
+    )
+
+
+def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) -> None:
+    """The first scenes, a column each; a row per label map (N, H, W), and the legend of colours.
+
+    Each map is drawn alone; the first one also over its image.
+    """
+    palette = plt.get_cmap("tab20").colors
+    palette = np.array(palette[0::2] + palette[1::2])  # digits dark, backgrounds light
+    first = next(iter(maps))
+    titles = ["image", *maps, f"{first}, overlaid"]
+    figure, grid = plt.subplots(len(titles), count, figsize=(1.3 * count + 1.2, 1.3 * len(titles)))
+    for column in range(count):
+        image = dataset.images[column].permute(1, 2, 0).numpy() / 255
+        painted = [palette[maps[title][column].numpy()] for title in maps]
+        overlaid = 0.4 * image + 0.6 * painted[0]
+        for axes, picture in zip(grid[:, column], [image, *painted, overlaid], strict=True):
+            axes.imshow(picture)
+            axes.set(xticks=[], yticks=[])
+    for axes, title in zip(grid[:, 0], titles, strict=True):
+        axes.set_ylabel(title, fontsize=8)
+    patches = [Patch(color=c, label=n) for c, n in zip(palette, dataset.classes, strict=True)]
+    figure.legend(handles=patches, loc="outside center right", fontsize=7)
+    figure.set_layout_engine("constrained")
+    plt.show()

@@ -1,0 +1,98 @@
+"""A batch holds what torchvision would have made of the same images, in a known order."""
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+import utils
+
+
+def numbered(n=50, channels=3, size=8, maps=False):
+    """Random images whose labels, or the first pixels of whose label maps, tell them apart."""
+    images = torch.randint(256, (n, channels, size, size), dtype=torch.uint8)
+    labels = torch.arange(n)
+    if maps:
+        labels = torch.randint(n, (n, size, size))
+    return utils.Dataset("numbered", "sample", images, labels, tuple(map(str, range(n))))
+
+
+def test_every_example_comes_once_an_epoch(run):
+    batches = utils.Batches(numbered(50), 16, run, shuffle=True)
+    sizes = [len(labels) for _, labels in batches]
+    assert sizes == [16, 16, 16, 2] and len(batches) == 4
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(50))
+
+
+def test_the_order_comes_from_seed_and_epoch_alone(run):
+    def order(seed, epoch):
+        batches = utils.Batches(dataset, 16, run, shuffle=True, seed=seed)
+        batches.set_epoch(epoch)
+        torch.rand(3)  # whatever else was drawn
+        return torch.cat([labels for _, labels in batches]).tolist()
+
+    dataset = numbered()
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}) == 4
+
+
+def test_images_are_normalised_as_torchvision_does(run):
+    dataset = numbered()
+    mean, std = dataset.statistics()
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    images = torch.cat([images for images, _ in utils.Batches(dataset, 16, run)])
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, reference(dataset.images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_batches_are_channels_last(run):
+    for flip in (False, True):
+        images, _ = next(iter(utils.Batches(numbered(), 16, run, flip=flip)))
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_each_image_moves_with_its_label_map(run, maps):
+    """Every augmented image is its original, flipped or not and moved, border reflected."""
+    dataset = numbered(40, maps=maps)
+    statistics = [0.0] * 3, [1 / 255] * 3  # so that pixels come out as they went in
+    batches = utils.Batches(dataset, 16, run, statistics, shuffle=True, flip=True, shift=2)
+    padded = torch.nn.functional.pad(dataset.images.float(), (2, 2, 2, 2), mode="reflect")
+    padded_labels = dataset.labels
+    if maps:
+        padded_labels = torch.nn.functional.pad(dataset.labels.float(), (2,) * 4, mode="reflect")
+    seen = set()
+    for images, labels in batches:
+        for image, label in zip(images, labels, strict=True):
+            found = []
+            for flip in (False, True):
+                straight = image.flip(2) if flip else image
+                for y in range(5):
+                    for x in range(5):
+                        window = padded[:, :, y : y + 8, x : x + 8]
+                        match = (window - straight).abs().amax((1, 2, 3)) < 0.01
+                        found += [(int(i), flip, y, x) for i in match.nonzero()[:, 0]]
+            assert len(found) == 1
+            index, flip, y, x = found[0]
+            expected = padded_labels[index]
+            if maps:
+                expected = expected[y : y + 8, x : x + 8].long()
+                expected = expected.flip(1) if flip else expected
+            assert torch.equal(label, expected)
+            seen.add(found[0])
+    assert {index for index, *_ in seen} == set(range(40))
+    assert {flip for _, flip, *_ in seen} == {False, True}
+    assert {y for *_, y, _ in seen} == {x for *_, x in seen} == set(range(5))
+
+
+def test_augmentation_comes_from_seed_and_epoch_alone(run):
+    dataset = numbered()
+    batches = utils.Batches(dataset, 50, run, flip=True, shift=2)
+    first, again = next(iter(batches))[0], next(iter(batches))[0]
+    batches.set_epoch(1)
+    assert torch.equal(first, again) and not torch.equal(first, next(iter(batches))[0])
+
+
+def test_an_impossible_batch_size_is_refused(run):
+    with pytest.raises(utils.UsageError, match="batch_size is 0"):
+        utils.Batches(numbered(), 0, run)

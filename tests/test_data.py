@@ -1,0 +1,265 @@
+"""Every data set is what DESIGN says, repeatable, and apart from what it must be apart from."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import CIFAR_CLASSES
+from PIL import Image
+
+import samples
+import utils
+
+
+def same_images(a, b):
+    """How many images of `a` are, byte for byte, also in `b`."""
+    known = {image.numpy().tobytes() for image in b.images}
+    return sum(image.numpy().tobytes() in known for image in a.images)
+
+
+def toy(n=100, classes=10, groups=None):
+    """A data set whose image i is filled with the number i."""
+    images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(n, 3, 4, 4).contiguous()
+    names = tuple(f"class {c}" for c in range(classes))
+    return utils.Dataset("toy", "sample", images, torch.arange(n) % classes, names, groups)
+
+
+# ---- the 80/20 split
+
+
+def test_split_deals_every_example_to_one_side():
+    training, validation = utils.split(toy(), share=0.2, seed=0)
+    assert (len(training), len(validation)) == (80, 20)
+    numbers = torch.cat([training.images, validation.images])[:, 0, 0, 0]
+    assert sorted(numbers.tolist()) == list(range(100))
+    assert (training.labels == training.images[:, 0, 0, 0] % 10).all()
+
+
+def test_split_depends_on_the_seed_alone():
+    first, again, other = (utils.split(toy(), seed=seed)[1].images for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_split_keeps_groups_together():
+    groups = torch.arange(100) // 5
+    training, validation = utils.split(toy(groups=groups), share=0.2, seed=0)
+    assert not set(training.groups.tolist()) & set(validation.groups.tolist())
+    assert (len(training), len(validation)) == (80, 20)
+
+
+# ---- the samples
+
+
+def test_mnist_sample_is_real_digits_without_overlap(run):
+    training, test = utils.load_mnist(run)
+    training, validation = utils.split(training)
+    assert [len(part) for part in (training, validation, test)] == [3200, 800, 1000]
+    assert test.labels.bincount().tolist() == [100] * 10
+    assert training.images.shape[1:] == (1, 28, 28) and training.images.max() == 255
+    assert same_images(test, training) == same_images(test, validation) == 0
+    assert same_images(validation, training) == 0
+
+
+def test_photograph_sample_has_ten_classes(run):
+    training, test = utils.load_cifar10(run)
+    assert training.images.shape == (3000, 3, 32, 32) and test.images.shape == (1000, 3, 32, 32)
+    assert training.labels.bincount().tolist() == [300] * 10
+    assert test.labels.bincount().tolist() == [100] * 10
+    assert training.images.float().mean(1).std((1, 2)).min() > 10  # no empty patch
+
+
+def test_photograph_patches_share_no_pixel_between_parts(monkeypatch):
+    """Every pixel carries its own number, so what a patch is made of can be read off it."""
+    height, width = 400, 600
+    number = torch.arange(height * width).view(height, width)
+    numbered = torch.stack([number % 256, number // 256 % 256, number // 65536]).to(torch.uint8)
+    monkeypatch.setattr(samples, "_photograph", lambda name: numbered)
+    training, test = samples.load_photographs()
+    training, validation = utils.split(training)
+
+    def pixels(part):
+        return set(
+            (part.images.long() * torch.tensor([1, 256, 65536]).view(3, 1, 1))
+            .sum(1)
+            .flatten()
+            .tolist()
+        )
+
+    # here all ten are the same photograph, each dealt out anew, so look at one class at a time
+    for label in range(10):
+        parts = [
+            p.subset((p.labels == label).nonzero()[:, 0]) for p in (training, validation, test)
+        ]
+        assert all(len(part) > 20 for part in parts)
+        a, b, c = map(pixels, parts)
+        assert not a & b and not a & c and not b & c
+
+
+def test_samples_are_repeatable(run):
+    for load in (utils.load_mnist, utils.load_cifar10, utils.load_scenes):
+        for one, again in zip(load(run), load(run), strict=True):
+            assert torch.equal(one.images, again.images) and torch.equal(one.labels, again.labels)
+
+
+# ---- MNIST-on-CIFAR-10
+
+
+def coded_digits(n):
+    """Digit i: a full first row to find it by, then i in binary, two rows of ink or none."""
+    images = torch.zeros(n, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, 0] = 255
+    bits = torch.arange(n)[:, None] >> torch.arange(12) & 1
+    images[:, :, 2:26] = 255 * bits.repeat_interleave(2, 1)[:, None, :, None].to(torch.uint8)
+    return utils.Dataset("coded digits", "full", images, torch.arange(n) % 10, tuple("0123456789"))
+
+
+def coded_backgrounds(n):
+    """Background i: one colour, which is i in base 256."""
+    colour = torch.stack([torch.arange(n) % 256, torch.arange(n) // 256, torch.arange(n) * 0], 1)
+    images = colour[:, :, None, None].expand(n, 3, 32, 32).to(torch.uint8).contiguous()
+    labels = torch.arange(n) // 7 % 10
+    return utils.Dataset("coded backgrounds", "full", images, labels, tuple(CIFAR_CLASSES))
+
+
+def decode(scenes):
+    """Which digit and which background each scene was made of, and where the digit stands."""
+    digits, backgrounds, places = [], [], []
+    for image, label in zip(scenes.images.long(), scenes.labels, strict=True):
+        ys, xs = (label < 10).nonzero(as_tuple=True)
+        top, left = int(ys.min()), int(xs.min())
+        bits = (label[top + 2 : top + 26 : 2, left] < 10).long()
+        digits.append(int((bits << torch.arange(12)).sum()))
+        y, x = (label >= 10).nonzero()[0]
+        backgrounds.append(int(image[0, y, x] + 256 * image[1, y, x]))
+        places.append((top, left))
+    return digits, backgrounds, places
+
+
+def test_each_scene_has_its_own_digit_and_background():
+    scenes = utils.compose_scenes(coded_digits(600), coded_backgrounds(500), seed=0)
+    digits, backgrounds, places = decode(scenes)
+    assert backgrounds == list(range(500))
+    assert len(set(digits)) == 500 and digits != sorted(digits)
+    assert set(places) == {(y, x) for y in range(5) for x in range(5)}
+    for scene, (digit, background) in enumerate(zip(digits, backgrounds, strict=True)):
+        expected = {digit % 10, 10 + background // 7 % 10}
+        assert set(scenes.labels[scene].unique().tolist()) == expected
+
+
+def test_the_scene_split_shares_neither_digits_nor_backgrounds():
+    parts = utils.split(utils.compose_scenes(coded_digits(600), coded_backgrounds(500), seed=0))
+    (digits, backgrounds, _), (other_digits, other_backgrounds, _) = map(decode, parts)
+    assert (len(digits), len(other_digits)) == (400, 100)
+    assert not set(digits) & set(other_digits)
+    assert not set(backgrounds) & set(other_backgrounds)
+
+
+def test_a_pixel_is_its_digit_where_the_ink_is_over_one_half():
+    digits, backgrounds = coded_digits(1), coded_backgrounds(1)
+    digits.images[:] = 127  # 127 / 255 is under one half
+    digits.images[0, 0, 5, 5] = 128
+    scenes = utils.compose_scenes(digits, backgrounds, seed=0)
+    assert (scenes.labels == 0).sum() == 1 and (scenes.labels == 10).sum() == 32 * 32 - 1
+    assert scenes.images.float().std() > 0  # half-inked pixels are blended all the same
+
+
+def test_a_digit_is_blended_by_its_ink():
+    digits, backgrounds = coded_digits(1), coded_backgrounds(1)
+    backgrounds.images[:] = 200
+    digits.images[:] = 51  # a fifth
+    scene = utils.compose_scenes(digits, backgrounds, seed=0).images[0].flatten(1)
+    inked = scene[:, (scene != 200).any(0)].unique(dim=1)
+    assert inked.shape == (3, 1)  # one colour
+    colour = (inked[:, 0].float() - 0.8 * 200) / 0.2
+    assert (colour > -3).all() and (colour < 258).all()
+
+
+def test_scenes_are_made_of_their_own_part_only(run):
+    """Outside its digit's ink a scene is the background of its own part, with the same number."""
+    photographs, scenes = utils.load_cifar10(run), utils.load_scenes(run)
+    for scene, photograph in zip(scenes, photographs, strict=True):
+        border = torch.ones(32, 32, dtype=torch.bool)
+        border[4:28, 4:28] = False  # ink may lie anywhere, but never over all of the border
+        kept = (scene.images == photograph.images).all(1) & border
+        assert (kept.flatten(1).float().mean(1) > 0.1).all()
+        assert len(scene) == len(photograph) and scene.classes[10:] == photograph.classes
+
+
+# ---- the full data, in small
+
+
+def test_full_data_is_read_from_files(full_data, run):
+    full = dataclasses.replace(run, profile="full", data_dir=full_data)
+    digits, digits_test = utils.load_mnist(full)
+    assert digits.images.shape == (120, 1, 28, 28) and digits_test.images.shape == (40, 1, 28, 28)
+    raw = (full_data / "MNIST/raw/train-images-idx3-ubyte").read_bytes()[16:]
+    assert digits.images.numpy().tobytes() == raw and digits.source == "full"
+    images, images_test = utils.load_cifar10(full)
+    assert images.images.shape == (100, 3, 32, 32) and images_test.images.shape == (40, 3, 32, 32)
+    assert images.classes == tuple(CIFAR_CLASSES)
+    assert images.labels.bincount().tolist() == [10] * 10
+    scenes, scenes_test = utils.load_scenes(full)
+    assert (len(scenes), len(scenes_test), len(scenes.classes)) == (100, 40, 20)
+
+
+def test_folders_with_jpegs_are_called_a_jpeg_copy(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "0.jpg")
+    assert utils.load_folder(tmp_path, "CIFAR-10").source == "JPEG copy"
+
+
+@pytest.mark.parametrize("load, files", [("mnist", "MNIST/raw/"), ("cifar10", "cifar10/")])
+def test_without_data_and_network_the_way_out_is_named(monkeypatch, tmp_path, run, load, files):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    full = dataclasses.replace(run, profile="full", data_dir=tmp_path / "data")
+    with pytest.raises(utils.UsageError) as refused:
+        getattr(utils, f"load_{load}")(full)
+    sentence = str(refused.value)
+    assert "could not be downloaded" in sentence and str(tmp_path) in sentence
+    assert files in sentence and "PROFILE=quick" in sentence
+
+
+def test_a_data_dir_that_cannot_be_made_is_named(tmp_path, run):
+    (tmp_path / "file").write_text("not a folder")
+    full = dataclasses.replace(run, profile="full", data_dir=tmp_path / "file" / "data")
+    with pytest.raises(utils.UsageError, match="DATA_DIR .* cannot be written"):
+        utils.load_mnist(full)
+
+
+# ---- what a data set must be
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(images=torch.zeros(100, 3, 4, 4)), "images must be uint8"),
+        (dict(images=torch.zeros(100, 4, 4, dtype=torch.uint8)), "images must be uint8"),
+        (dict(labels=torch.zeros(99).long()), "labels must be one per image"),
+        (dict(labels=torch.zeros(100, 4, 5).long()), "labels must be one per image"),
+        (dict(labels=torch.full((100,), 10)), "100 labels are out of range 0 to 9, 10 for one"),
+        (dict(labels=torch.full((100,), -1)), "100 labels are out of range 0 to 9, -1 for one"),
+    ],
+)
+def test_bad_data_gets_one_sentence(change, sentence):
+    with pytest.raises(utils.UsageError, match=f"toy: {sentence}"):
+        dataclasses.replace(toy(), **change)
+
+
+def test_an_empty_data_set_is_refused():
+    nothing = torch.zeros(0, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(utils.UsageError, match="toy: there are no images"):
+        utils.Dataset("toy", "sample", nothing, torch.zeros(0).long(), ("one",))
+
+
+def test_statistics_are_those_of_all_pixels(run):
+    dataset, _ = utils.load_cifar10(run)
+    mean, std = dataset.statistics()
+    pixels = dataset.images.double().transpose(0, 1).flatten(1) / 255
+    torch.testing.assert_close(torch.tensor(mean).double(), pixels.mean(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(std).double(), pixels.std(1, correction=0), atol=1e-6, rtol=0
+    )

@@ -1,0 +1,55 @@
+"""The notebooks run as plain scripts, in the full profile too, and read as notebooks should."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import report
+
+NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
+RUNS = {
+    "imageclassification": ["cifar10", "mnist"],
+    "imagesegmentation": [f"segmentation-{n}" for n in (1, 2, 3, 4)],
+}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
+    """All models at their full width, on tiny files in the full data's formats, no threshold."""
+    command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", tmp_path]
+    command += ["--TagRemovePreprocessor.enabled=True"]
+    command += ["--TagRemovePreprocessor.remove_cell_tags=threshold", ROOT / name]
+    subprocess.run(command, check=True, capture_output=True)
+    for module in ("utils.py", "report.py"):
+        shutil.copy(ROOT / module, tmp_path)
+    stem = name.removesuffix(".ipynb")
+    environ = dict(os.environ, PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
+    environ["MPLBACKEND"] = "agg"
+    done = subprocess.run(
+        [sys.executable, f"{stem}.py"], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    records = report.load_records(tmp_path / "figures")
+    assert [r["run"] for r in records] == RUNS[stem]
+    assert {r["epochs"] for r in records} == {1} and {r["profile"] for r in records} == {"full"}
+    assert all((tmp_path / "figures" / f"{r['run']}.png").exists() for r in records)
+    assert not (tmp_path / "figures" / "quick").exists()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_are_short_and_need_no_front_end(name):
+    notebook = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            assert len(source.splitlines()) <= 40
+            assert not any(line.lstrip().startswith(("%", "!")) for line in source.splitlines())
+            for output in cell["outputs"]:
+                assert output["output_type"] != "error"
+                assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+        assert all(len(line) <= 100 for line in source.splitlines())

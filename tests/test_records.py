@@ -1,0 +1,77 @@
+"""A record holds what it must, a longer run is kept, and a quick run stays out of the way."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import report
+import utils
+
+FIELDS = """run best_accuracy best_epoch final_accuracy official_test_accuracy train_seconds dataset
+source split model parameters epochs batch_size optimizer schedule evaluation_seconds device
+precision torch seed commit date history""".split()
+
+
+@pytest.fixture
+def recorded(run, tmp_path, monkeypatch, classification):
+    """One epoch of a small MNIST model, recorded under a ROOT of its own."""
+    monkeypatch.setattr(utils, "ROOT", tmp_path)  # where figures/ is
+    training, validation = utils.split(utils.load_mnist(run)[0])
+    torch.manual_seed(0)
+    model = classification.MnistCNN(2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    batches = utils.Batches(training, 256, run, shuffle=True)
+    validation = utils.Batches(validation, 256, run)
+    schedule = utils.one_cycle(optimizer, batches, 1, 1e-3)
+    history = utils.train(model, optimizer, batches, validation, 1, run, schedule)
+    yield report.record_run(
+        "mnist", run, model, optimizer, schedule, batches, validation, history, 12.5, 0
+    )
+    plt.close("all")
+
+
+def test_a_record_says_all_there_is_to_know(recorded, tmp_path):
+    assert not [field for field in FIELDS if recorded.get(field) in (None, "", [])]
+    assert recorded["official_test_accuracy"] == 12.5
+    assert recorded["best_accuracy"] == recorded["history"][0]["validation_accuracy"]
+    assert recorded["train_seconds"] == recorded["history"][0]["seconds"]
+    assert recorded["source"] == "sample" and recorded["parameters"] > 0
+
+
+def test_a_quick_run_writes_only_to_its_own_folder(recorded, tmp_path):
+    written = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert written == ["figures/quick/mnist.png", "figures/quick/results.json"]
+    assert json.loads((tmp_path / written[1]).read_text()) == [recorded]
+
+
+def test_a_record_gives_way_only_to_as_many_epochs(recorded, tmp_path, capsys):
+    folder = tmp_path / "figures"
+    history = recorded["history"] * 3
+    report.save_record({**recorded, "epochs": 3, "history": history, "seed": 1}, folder)
+    report.save_record({**recorded, "epochs": 2, "seed": 2}, folder)
+    assert "kept the earlier record of 3 epochs" in capsys.readouterr().out
+    assert report.load_records(folder)[0]["seed"] == 1
+    report.save_record({**recorded, "epochs": 3, "history": history, "seed": 3}, folder)
+    report.save_record({**recorded, "run": "cifar10"}, folder)
+    assert [(r["run"], r["seed"]) for r in report.load_records(folder)] == [
+        ("cifar10", 0),
+        ("mnist", 3),
+    ]
+
+
+def test_a_figure_is_drawn_from_its_record_alone(recorded):
+    axes = report.draw_history(json.loads(json.dumps(recorded))).axes[0]
+    caption = axes.get_xlabel()
+    for fact in ("Run time", "Best score", "at epoch 1", "final score", "MNIST (sample)"):
+        assert fact in caption
+    assert "Write-up" not in caption  # a sample compares with nothing
+    axes = report.draw_history({**recorded, "source": "full"}).axes[0]
+    assert "Write-up: 32 min for 100 epochs. Best score 93.76% at epoch 41" in axes.get_xlabel()
+
+
+def test_the_summary_compares_full_runs_with_the_write_up(recorded):
+    line = report.summary([{**recorded, "source": "full", "final_accuracy": 99.0}]).splitlines()[1]
+    assert "93.72" in line and "+5.28" in line.replace("+5.27", "+5.28")
+    assert report.summary([recorded]).splitlines()[1].split()[-2:] == ["-", "-"]

@@ -1,0 +1,94 @@
+"""The scores are those of torchmetrics and scikit-learn, ignored pixels and absent classes too."""
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import torchmetrics.functional.classification as metrics
+from torch import nn
+
+import utils
+
+
+class Answers(nn.Module):
+    """A model that gives prepared logits, one batch after the other."""
+
+    def __init__(self, logits, batch_size):
+        super().__init__()
+        self.batches = iter(logits.split(batch_size))
+
+    def forward(self, x):
+        return next(self.batches)
+
+
+def maps(classes=6, absent=(), seed=0):
+    """Random label maps (50, 8, 8) with ignored pixels, and logits that are often right."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (50, 8, 8), generator=generator)
+    for c in absent:
+        labels[labels == c] = 0
+    logits = torch.randn(50, classes, 8, 8, generator=generator)
+    logits += 2 * nn.functional.one_hot(labels, classes).permute(0, 3, 1, 2)
+    logits[:, list(absent)] = -100.0
+    labels[torch.rand(50, 8, 8, generator=generator) < 0.1] = utils.IGNORE
+    images = torch.zeros(50, 3, 8, 8, dtype=torch.uint8)
+    names = tuple(map(str, range(classes)))
+    return utils.Dataset("maps", "sample", images, labels, names), logits
+
+
+def scored(dataset, logits, run):
+    batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
+    return utils.test_pixels(Answers(logits, 16), batches, len(dataset.classes), run)
+
+
+@pytest.mark.parametrize("absent", [(), (3,), (1, 5)])
+def test_pixel_scores_agree_with_torchmetrics_and_scikit_learn(run, absent):
+    dataset, logits = maps(absent=absent)
+    scores, guesses = scored(dataset, logits, run), logits.argmax(1)
+    kept = dataset.labels != utils.IGNORE
+    truth, guess = dataset.labels[kept].numpy(), guesses[kept].numpy()
+    present = [c for c in range(6) if c not in absent]
+
+    confusion = sklearn.metrics.confusion_matrix(truth, guess, labels=range(6))
+    assert np.array_equal(scores.confusion.numpy(), confusion)
+    assert scores.accuracy == pytest.approx(100 * sklearn.metrics.accuracy_score(truth, guess))
+    iou = sklearn.metrics.jaccard_score(truth, guess, labels=present, average=None)
+    assert scores.class_iou[present].tolist() == pytest.approx((100 * iou).tolist())
+    recall = sklearn.metrics.recall_score(truth, guess, labels=present, average=None)
+    assert scores.class_accuracy[present].tolist() == pytest.approx((100 * recall).tolist())
+
+    common = dict(num_classes=6, ignore_index=utils.IGNORE)
+    theirs = metrics.multiclass_jaccard_index(guesses, dataset.labels, average="none", **common)
+    assert scores.mean_iou == pytest.approx(100 * theirs[present].mean().item(), rel=1e-5)
+    accuracy = metrics.multiclass_accuracy(guesses, dataset.labels, average="micro", **common)
+    assert scores.accuracy == pytest.approx(100 * accuracy.item(), rel=1e-5)
+
+
+def test_an_absent_class_is_nan_and_left_out_of_the_mean(run):
+    scores = scored(*maps(absent=(3,)), run)
+    assert scores.class_iou.isnan().tolist() == [c == 3 for c in range(6)]
+    assert scores.mean_iou == pytest.approx(np.nanmean(scores.class_iou.numpy()))
+
+
+def test_a_class_that_is_only_guessed_counts_as_nought():
+    scores = utils.pixel_scores(torch.tensor([[5, 5], [0, 0]]))
+    assert scores.class_iou.tolist() == [50.0, 0.0] and scores.mean_iou == 25.0
+    assert scores.class_accuracy[0] == 50.0 and scores.class_accuracy[1].isnan()
+
+
+def test_share_of_correct_pixels_is_the_same_either_way(run):
+    dataset, logits = maps()
+    batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
+    assert utils.test(Answers(logits, 16), batches, run) == scored(dataset, logits, run).accuracy
+
+
+def test_share_of_correct_images(run):
+    labels, logits = torch.arange(50) % 10, torch.randn(50, 10)
+    images = torch.zeros(50, 1, 8, 8, dtype=torch.uint8)
+    dataset = utils.Dataset("ten", "sample", images, labels, tuple(map(str, range(10))))
+    batches = utils.Batches(dataset, 16, run, ([0.0], [1.0]))
+    expected = 100 * sklearn.metrics.accuracy_score(labels, logits.argmax(1))
+    assert utils.test(Answers(logits, 16), batches, run) == pytest.approx(expected)
+    guesses, probabilities = utils.predict(Answers(logits, 16), batches, run)
+    assert torch.equal(guesses, logits.argmax(1))
+    torch.testing.assert_close(probabilities, logits.softmax(1).amax(1))

@@ -1,0 +1,80 @@
+"""The environment is read as the README says, and a mistake in it gets one clear sentence."""
+
+import pytest
+import torch
+
+import utils
+
+
+def choose(**environ):
+    return utils.settings(environ=environ)
+
+
+def test_the_profile_follows_the_hardware_unless_it_is_named():
+    assert choose().profile == ("full" if torch.cuda.is_available() else "quick")
+    assert choose(PROFILE="full").profile == "full"
+    assert choose(PROFILE="quick").profile == "quick"
+
+
+def test_epochs_caps_the_profiles_number():
+    assert choose(PROFILE="full").epochs(full=100, quick=5) == 100
+    assert choose(PROFILE="quick").epochs(full=100, quick=5) == 5
+    assert choose(PROFILE="full", EPOCHS="3").epochs(full=100, quick=5) == 3
+    assert choose(PROFILE="quick", EPOCHS="30").epochs(full=100, quick=5) == 5
+
+
+@pytest.mark.parametrize("profile", ["Full", "fast", "1"])
+def test_an_unknown_profile_is_refused(profile):
+    with pytest.raises(utils.UsageError, match=f"PROFILE is '{profile}': set it to full or quick"):
+        choose(PROFILE=profile)
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "ten", "1.5", " "])
+def test_epochs_must_be_a_positive_whole_number(epochs):
+    with pytest.raises(utils.UsageError, match="EPOCHS is .*: set it to a whole number from 1 up"):
+        choose(EPOCHS=epochs)
+
+
+def test_data_dir_is_absolute_and_defaults_to_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose().data_dir == utils.ROOT / "data"
+    assert choose(DATA_DIR="elsewhere").data_dir == tmp_path / "elsewhere"
+
+
+def test_quick_and_full_runs_write_to_different_folders():
+    assert choose(PROFILE="full").figures == utils.ROOT / "figures"
+    assert choose(PROFILE="quick").figures == utils.ROOT / "figures" / "quick"
+
+
+def test_the_precision_can_be_overridden_and_is_printed():
+    run = utils.settings(precision=torch.float32, environ={})
+    assert run.precision == torch.float32
+    assert "precision  float32, channels_last" in str(run)
+
+
+@pytest.mark.parametrize(
+    "capability, precision",
+    [
+        ((9, 0), torch.bfloat16),
+        ((8, 0), torch.bfloat16),
+        ((7, 5), torch.float16),
+        ((7, 0), torch.float16),
+        ((6, 1), torch.float32),
+    ],
+)
+def test_the_precision_is_the_gpus_native_one(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert utils.best_precision(torch.device("cuda")) == precision
+
+
+@pytest.mark.parametrize("amx, avx512, expected", [(1, 1, "bf"), (0, 1, "bf"), (0, 0, "")])
+def test_the_precision_is_the_cpus_native_one(monkeypatch, amx, avx512, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    precision = torch.bfloat16 if expected else torch.float32
+    assert utils.best_precision(torch.device("cpu")) == precision
+
+
+def test_jupyter_shows_a_usage_error_as_one_line():
+    lines = utils.UsageError("Set PROFILE to quick.")._render_traceback_()
+    assert lines == ["UsageError: Set PROFILE to quick."]

@@ -1,0 +1,145 @@
+"""The loop does what a plain loop written out does, to the bit, and its history tells the truth."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import utils
+
+
+def toy(n=200, seed=0):
+    """Three classes of 8x8 images that brightness and stripes tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (n,), generator=generator)
+    images = torch.randint(60, (n, 1, 8, 8), generator=generator)
+    images[labels == 1] += 120
+    images[labels == 2, :, ::2] += 190
+    return utils.Dataset("toy", "sample", images.to(torch.uint8), labels, ("a", "b", "c"))
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3)
+    )
+
+
+def fit(run, epochs=3, batches=None, precision=torch.float32):
+    run = dataclasses.replace(run, precision=precision)
+    model = small_model().to(memory_format=torch.channels_last)
+    batches = batches or utils.Batches(toy(), 32, run, shuffle=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    schedule = utils.one_cycle(optimizer, batches, epochs, 0.05)
+    validation = utils.Batches(toy(90, seed=1), 64, run, toy().statistics())
+    history = utils.train(model, optimizer, batches, validation, epochs, run, schedule)
+    return model, history
+
+
+def test_the_loop_equals_a_plain_one_bit_for_bit(run):
+    model, history = fit(run)
+    plain = small_model().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.05, momentum=0.9)
+    batches = utils.Batches(toy(), 32, run, shuffle=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.05, total_steps=3 * len(batches), cycle_momentum=False
+    )
+    for epoch in (1, 2, 3):
+        plain.train()
+        batches.set_epoch(epoch)
+        loss_sum = correct = 0
+        for x, y in batches:
+            logits = plain(x)
+            loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.item() * len(y)
+            correct += (logits.argmax(1) == y).sum().item()
+        assert history[epoch - 1].loss == pytest.approx(loss_sum / 200, rel=1e-12)
+        assert history[epoch - 1].accuracy == 100 * correct / 200
+    for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_run_is_repeatable_bit_for_bit(run):
+    (one, history), (again, history_again) = fit(run), fit(run)
+    for a, b in zip(one.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    scores = [(e.loss, e.accuracy, e.validation_accuracy) for e in history]
+    assert scores == [(e.loss, e.accuracy, e.validation_accuracy) for e in history_again]
+
+
+def test_it_learns_and_the_history_says_so(run):
+    model, history = fit(run, epochs=5)
+    assert [e.epoch for e in history] == [1, 2, 3, 4, 5]
+    assert history[-1].loss < history[0].loss / 2
+    assert history[-1].validation_accuracy > 95
+    assert all(e.seconds > 0 and e.validation_seconds > 0 for e in history)
+    validation = utils.Batches(toy(90, seed=1), 64, run, toy().statistics())
+    assert utils.test(model, validation, run) == history[-1].validation_accuracy
+
+
+def test_reduced_precision_reaches_the_same_loss(run):
+    _, exact = fit(run)
+    _, reduced = fit(run, precision=torch.bfloat16)
+    assert [e.loss for e in reduced] == pytest.approx([e.loss for e in exact], rel=0.05)
+
+
+def test_a_torch_dataloader_works_as_well(run):
+    dataset = toy()
+    pairs = TensorDataset(dataset.images.float() / 128 - 1, dataset.labels)
+    loader = DataLoader(pairs, batch_size=32, shuffle=True)
+    _, history = fit(run, epochs=5, batches=loader)
+    assert history[-1].accuracy > 95
+
+
+def test_ignored_pixels_count_for_neither_loss_nor_score(run):
+    dataset = toy(64)
+    maps = dataset.labels[:, None, None].repeat(1, 8, 8)
+    half = maps.clone()
+    half[:, 4:] = utils.IGNORE
+    model = nn.Conv2d(1, 3, 1)
+    with torch.no_grad():
+        rows = [
+            utils.Batches(dataclasses.replace(dataset, labels=labels), 24, run)
+            for labels in (maps, half)
+        ]
+        upper = [(model(x)[:, :, :4], y[:, :4]) for x, y in rows[0]]
+    loss = sum(F.cross_entropy(z, y, reduction="sum").item() for z, y in upper) / (64 * 32)
+    correct = sum((z.argmax(1) == y).sum().item() for z, y in upper)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    history = utils.train(model, optimizer, rows[1], rows[1], 1, run)
+    assert history[0].loss == pytest.approx(loss, rel=1e-5)
+    assert history[0].accuracy == history[0].validation_accuracy == 100 * correct / (64 * 32)
+
+
+def test_the_report_every_25_iterations(run, monkeypatch):
+    reports = []
+    monkeypatch.setattr(
+        utils.Progress, "step", lambda self, epoch, step, totals: reports.append((epoch, step))
+    )
+    fit(run, epochs=2, batches=utils.Batches(toy(), 4, run, shuffle=True))
+    assert reports == [(1, 25), (1, 50), (2, 25), (2, 50)]
+
+
+def test_a_script_prints_a_line_per_epoch(run, capsys):
+    fit(run, epochs=2)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 and "epoch 2/2" in lines[1] and "validation" in lines[1]
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
+    schedule = utils.one_cycle(optimizer, range(100), epochs=10, peak=0.4)
+    rates = []
+    for _ in range(1000):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.4 / 25) and max(rates) == pytest.approx(0.4)
+    assert rates.index(max(rates)) == 299 and rates[-1] < 1e-5

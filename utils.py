@@ -1,0 +1,613 @@
+"""What both notebooks share, in the order in which a run needs it.
+
+    settings() -> load_*() -> Dataset -> Batches -> model (in the notebook) -> train() -> history
+               -> test(), test_pixels()
+
+Images are uint8 until a batch is made; accuracies are percentages; times are seconds. What a run
+leaves behind (record, figure, pictures) is report.py's, the quick profile's data is samples.py's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent
+DIGITS = tuple("0123456789")
+IGNORE = 255  # the label of a pixel that neither the loss nor a score counts
+REPORT_EVERY = 25  # iterations between two reports, as in the write-up
+
+
+class UsageError(Exception):
+    """Something the user can put right; its message is one sentence that says what and how."""
+
+    def _render_traceback_(self) -> list[str]:  # what Jupyter shows in place of a traceback
+        return [f"{type(self).__name__}: {self}"]
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made with; `print` it to see what was chosen."""
+
+    profile: str  # "full" (the write-up's data and epochs) or "quick" (samples, minutes on a CPU)
+    data_dir: Path
+    epochs_cap: int | None
+    device: torch.device
+    precision: torch.dtype  # of the matrix products; weights and sums stay float32
+
+    def pick(self, full, quick):
+        """The value that belongs to the profile."""
+        return full if self.profile == "full" else quick
+
+    def epochs(self, full: int, quick: int) -> int:
+        """The profile's number of epochs, capped by EPOCHS."""
+        return min(self.pick(full, quick), self.epochs_cap or sys.maxsize)
+
+    @property
+    def figures(self) -> Path:
+        """Where pictures and results go: a quick run never touches what a full run made."""
+        return ROOT / "figures" / self.pick("", "quick")
+
+    def autocast(self) -> torch.autocast:
+        """The context in which forward passes run."""
+        reduced = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision, enabled=reduced)
+
+    def __str__(self) -> str:
+        data = self.pick(f"the full data in {_short(self.data_dir)}", "the sample data, no network")
+        autocast = "" if self.precision == torch.float32 else " autocast"
+        cap = f", at most {self.epochs_cap} epochs" if self.epochs_cap else ""
+        return (
+            f"profile    {self.profile}: {data}{cap}\n"
+            f"hardware   {hardware_name(self.device)}\n"
+            f"precision  {dtype_name(self.precision)}{autocast}, channels_last\n"
+            f"versions   Python {platform.python_version()}, torch {torch.__version__}, "
+            f"torchvision {torchvision.__version__}"
+        )
+
+
+def settings(
+    precision: torch.dtype | None = None, environ: Mapping[str, str] = os.environ
+) -> Settings:
+    """Read PROFILE, EPOCHS and DATA_DIR from the environment; choose device and precision."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    profile = environ.get("PROFILE") or ("full" if device.type == "cuda" else "quick")
+    if profile not in ("full", "quick"):
+        raise UsageError(f"PROFILE is {profile!r}: set it to full or quick, or leave it unset.")
+    cap = environ.get("EPOCHS") or None
+    if cap is not None and not (cap.isdecimal() and int(cap) > 0):
+        raise UsageError(f"EPOCHS is {cap!r}: set it to a whole number from 1 up, or leave it out.")
+    data_dir = Path(environ.get("DATA_DIR") or ROOT / "data").expanduser().resolve()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    precision = precision or best_precision(device)
+    return Settings(profile, data_dir, int(cap) if cap else None, device, precision)
+
+
+def best_precision(device: torch.device) -> torch.dtype:
+    """The fastest dtype that the hardware multiplies natively.
+
+    bfloat16 from CUDA compute capability 8.0 on (a T4, 7.5, only emulates it) and on CPUs with
+    AMX or AVX512-BF16; float16 on the older tensor cores; float32 elsewhere.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else torch.float32
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return torch.bfloat16 if native else torch.float32
+
+
+def hardware_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, say."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _short(path: Path) -> str:
+    """A path as seen from the project, where it lies in it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images uint8 (N, C, H, W) with labels int64 (N) or uint8 maps (N, H, W), all in memory.
+
+    `source` says what kind of copy it is; `groups` int64 (N) holds one number for all the images
+    that share pixels, which `split` keeps together.
+    """
+
+    name: str
+    source: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    groups: Tensor | None = None
+
+    def __post_init__(self):
+        def refuse(problem: str):
+            raise UsageError(f"{self.name}: {problem}.")
+
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            got = f"{dtype_name(self.images.dtype)} {tuple(self.images.shape)}"
+            refuse(f"images must be uint8 (N, C, H, W), not {got}")
+        if len(self.images) == 0:
+            refuse("there are no images")
+        sizes = {(len(self.images),), (len(self.images), *self.images.shape[2:])}
+        if tuple(self.labels.shape) not in sizes:
+            got = f"{tuple(self.labels.shape)} for images {tuple(self.images.shape)}"
+            refuse(f"labels must be one per image or one per pixel, not {got}")
+        wrong = (self.labels < 0) | (self.labels >= len(self.classes)) & (self.labels != IGNORE)
+        if wrong.any():
+            first, limit = self.labels[wrong][0].item(), len(self.classes) - 1
+            refuse(f"{int(wrong.sum())} labels are out of range 0 to {limit}, {first} for one")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, index: Tensor) -> Dataset:
+        """The examples at `index`, int64 (M)."""
+        groups = None if self.groups is None else self.groups[index]
+        return Dataset(
+            self.name, self.source, self.images[index], self.labels[index], self.classes, groups
+        )
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, on the scale 0 to 1."""
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = [], []
+        for channel in self.images.unbind(1):
+            share = torch.bincount(channel.reshape(-1), minlength=256) / channel.numel()
+            mean.append((share * levels).sum().item())
+            std.append(math.sqrt((share * (levels - mean[-1]) ** 2).sum().item()))
+        return mean, std
+
+    def __str__(self) -> str:
+        c, h, w = self.images.shape[1:]
+        kind = "label maps" if self.labels.ndim == 3 else "labels"
+        size = f"{len(self):,} images {c}x{h}x{w}"
+        return f"{self.name} ({self.source}): {size}, {kind} of {len(self.classes)} classes"
+
+
+def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Deal a data set out at random into (training, validation); groups stay together."""
+    groups = torch.arange(len(dataset)) if dataset.groups is None else dataset.groups
+    number = groups.unique(return_inverse=True)[1]
+    order = torch.randperm(int(number.max()) + 1, generator=generator(seed))
+    held_out = torch.bincount(number)[order].cumsum(0) <= round(share * len(dataset))
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[held_out]] = True
+    chosen = chosen[number]
+    return dataset.subset((~chosen).nonzero()[:, 0]), dataset.subset(chosen.nonzero()[:, 0])
+
+
+def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
+    """MNIST as (training, official test): 60,000 + 10,000, or 4,000 + 1,000 of them as a sample."""
+    if run.profile == "quick":
+        import samples  # only here: the full profile needs none of its packages
+
+        return samples.load_digits()
+    if not all((run.data_dir / "MNIST" / "raw" / name).exists() for name in _MNIST_FILES):
+        _download(run.data_dir, "MNIST", torchvision.datasets.MNIST)
+    parts = [torchvision.datasets.MNIST(run.data_dir, train) for train in (True, False)]
+    return tuple(Dataset("MNIST", "full", p.data[:, None], p.targets, DIGITS) for p in parts)
+
+
+def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
+    """CIFAR-10 as (training, official test): 50,000 + 10,000 images of ten classes.
+
+    In the full profile from torchvision's files or from image folders, cifar10/{train,test}/CLASS.
+    In the quick profile its stand-in: 3,000 + 1,000 patches of ten photographs.
+    """
+    if run.profile == "quick":
+        import samples  # only here: the full profile needs none of its packages
+
+        return samples.load_photographs()
+    folders = [run.data_dir / "cifar10" / part for part in ("train", "test")]
+    if all(folder.is_dir() for folder in folders):
+        return tuple(load_folder(folder, "CIFAR-10") for folder in folders)
+    if not (run.data_dir / "cifar-10-batches-py").is_dir():
+        _download(run.data_dir, "CIFAR-10", torchvision.datasets.CIFAR10)
+    parts = [torchvision.datasets.CIFAR10(run.data_dir, train) for train in (True, False)]
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    return tuple(
+        Dataset("CIFAR-10", "full", image, torch.tensor(part.targets), tuple(part.classes))
+        for image, part in zip(images, parts, strict=True)
+    )
+
+
+def load_folder(folder: Path, name: str) -> Dataset:
+    """Colour images of one size, in one folder per class; a JPEG anywhere makes it a JPEG copy."""
+    files = torchvision.datasets.ImageFolder(folder)
+    paths = [path for path, _ in files.samples]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        images = np.stack(list(pool.map(lambda path: np.asarray(files.loader(path)), paths)))
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    jpeg = any(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
+    source = "JPEG copy" if jpeg else "full"
+    return Dataset(name, source, images, torch.tensor(files.targets), tuple(files.classes))
+
+
+def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
+    """MNIST-on-CIFAR-10 as (training, official test), made from the two sets above."""
+    pairs = zip(load_mnist(run), load_cifar10(run), strict=True)
+    return tuple(
+        compose_scenes(digits, backgrounds, seed)
+        for seed, (digits, backgrounds) in enumerate(pairs)
+    )
+
+
+def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
+    """One scene per background: a digit in a random colour at a random place, blended over it.
+
+    A pixel is its digit (0 to 9) where the ink is over one half, else its background (10 to 19).
+    No digit is used twice while there are as many as backgrounds.
+    """
+    draws, n = generator(seed), len(backgrounds)
+    height, width = backgrounds.images.shape[2:]
+    side = digits.images.shape[-1]
+    order = torch.randperm(len(digits), generator=draws)
+    order = order.repeat(math.ceil(n / len(digits)))[:n]
+    top = torch.randint(height - side + 1, (n,), generator=draws)
+    left = torch.randint(width - side + 1, (n,), generator=draws)
+    colour = torch.randint(256, (n, 3, 1, 1), generator=draws, dtype=torch.uint8)
+
+    images = backgrounds.images.clone()
+    labels = (backgrounds.labels + 10)[:, None, None].repeat(1, height, width).to(torch.uint8)
+    for y, x in np.ndindex(height - side + 1, width - side + 1):  # 25 places, each in one go
+        here = ((top == y) & (left == x)).nonzero()[:, 0]
+        rows, columns = slice(y, y + side), slice(x, x + side)
+        ink = digits.images[order[here]].float() / 255
+        below = images[here, :, rows, columns].float()
+        blend = ink * colour[here].float() + (1 - ink) * below
+        images[here, :, rows, columns] = blend.round().to(torch.uint8)
+        number = digits.labels[order[here], None, None].to(torch.uint8)
+        inked = ink[:, 0] > 0.5
+        labels[here, rows, columns] = torch.where(inked, number, labels[here, rows, columns])
+    classes = tuple(f"digit {name}" for name in digits.classes) + backgrounds.classes
+    source = backgrounds.source  # MNIST comes in one kind only
+    return Dataset("MNIST-on-CIFAR-10", source, images, labels, classes, backgrounds.groups)
+
+
+_MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
+    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+)  # fmt: skip
+
+
+def _download(data_dir: Path, name: str, fetch) -> None:
+    """Let torchvision fetch a data set into data_dir, or say what to do without it."""
+    layout = {"MNIST": "MNIST/raw/", "CIFAR-10": "cifar-10-batches-py/ or cifar10/{train,test}/"}
+    way_out = f"put its files under {layout[name]} there, or set PROFILE=quick for the sample data"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(data_dir, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(
+            f"DATA_DIR {data_dir} cannot be written ({reason}) and holds no {name}: name another "
+            f"folder, {way_out}."
+        ) from None
+    try:
+        fetch(data_dir, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"{name} is not in {data_dir} and could not be downloaded ({error}): {way_out}."
+        ) from None
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """A CPU generator whose state depends on all the seeds, so draws are alike on any device."""
+    state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+class Batches:
+    """Mini-batches of a data set that lies whole on the device, as uint8.
+
+    Yields images float32 (B, C, H, W), normalised, and labels int64 (B) or (B, H, W). With
+    `shuffle` the order of epoch e comes from (seed, e) alone; so do the horizontal flips, with
+    `flip`, and the moves of up to `shift` pixels, the border filled by reflection. A label map
+    moves and flips with its image.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        run: Settings,
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+        shuffle: bool = False,
+        flip: bool = False,
+        shift: int = 0,
+        seed: int = 0,
+    ):
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}: it must be at least 1.")
+        self.dataset, self.batch_size, self.device = dataset, batch_size, run.device
+        self.shuffle, self.flip, self.shift, self.seed = shuffle, flip, shift, seed
+        self.epoch = 0
+        # pixels in rows, so that one index_select cuts, shifts and flips, and gives channels_last
+        self.pixels = dataset.images.permute(0, 2, 3, 1).contiguous().to(run.device)
+        self.labels = dataset.labels.to(run.device)
+        mean, std = statistics or dataset.statistics()
+        self.scale = 1 / (255 * torch.tensor(std, device=run.device))
+        self.offset = -torch.tensor(mean, device=run.device) * 255 * self.scale
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next pass draws."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        n, draws = len(self.dataset), generator(self.seed, self.epoch)
+        order = torch.randperm(n, generator=draws) if self.shuffle else torch.arange(n)
+        moves = torch.randint(2 * self.shift + 1, (2, n), generator=draws) - self.shift
+        flips = torch.randint(2 if self.flip else 1, (n,), generator=draws)
+        order, flips = order.to(self.device), flips.to(self.device, torch.bool)
+        (down, across), augment = moves.to(self.device), self.flip or self.shift
+        parts = [draw.split(self.batch_size) for draw in (order, down, across, flips)]
+        for batch in zip(*parts, strict=True):
+            yield self._augmented(*batch) if augment else self._plain(batch[0])
+
+    def _plain(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self._normalise(self.pixels.index_select(0, index)), self.labels[index].long()
+
+    def _augmented(self, index: Tensor, down: Tensor, across: Tensor, flips: Tensor):
+        height, width, channels = self.pixels.shape[1:]
+        rows = _reflect(torch.arange(height, device=self.device) + down[:, None], height)
+        columns = _reflect(torch.arange(width, device=self.device) + across[:, None], width)
+        columns = torch.where(flips[:, None], columns.flip(1), columns)
+        spot = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
+        pixels = self.pixels.view(-1, channels).index_select(0, spot.view(-1))
+        labels = self.labels[index] if self.labels.ndim == 1 else self.labels.view(-1)[spot]
+        return self._normalise(pixels.view(*spot.shape, channels)), labels.long()
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return torch.addcmul(self.offset, pixels.float(), self.scale).permute(0, 3, 1, 2)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Indices just outside 0 to size - 1 folded back inside, the edge not repeated."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+class Epoch(NamedTuple):
+    """One line of a history. Accuracies are percentages of the labels: images, or pixels."""
+
+    epoch: int
+    seconds: float  # of training alone
+    loss: float  # mean over the epoch's training examples, as they were met
+    accuracy: float  # on the same
+    validation_accuracy: float  # after the epoch
+    validation_seconds: float
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable,
+    validation: Iterable,
+    epochs: int,
+    run: Settings,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    loss_function=F.cross_entropy,
+) -> list[Epoch]:
+    """Train for `epochs` passes over `batches` and score `validation` after each.
+
+    `batches` are `Batches`, or any iterable with a length that yields (images, labels), a torch
+    DataLoader say; `schedule` steps after every batch. Losses and counts stay on the device until
+    the epoch ends, and each is weighted by examples, so a short last batch counts for what it is.
+    """
+    history, progress = [], Progress(epochs, len(batches), run)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
+    for epoch in range(1, epochs + 1):
+        model.train()
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
+        started = clock(run)
+        totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, correct, labels
+        for step, (images, labels) in enumerate(batches, start=1):
+            images, labels = images.to(run.device), labels.to(run.device)
+            with run.autocast():
+                logits = model(images)
+                loss = loss_function(logits, labels, ignore_index=IGNORE)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if schedule is not None:
+                schedule.step()
+            totals += _tally(logits, labels, loss)
+            if step % REPORT_EVERY == 0:
+                progress.step(epoch, step, totals)
+        seconds = clock(run) - started
+        score = test(model, validation, run)
+        loss_sum, correct, count = totals.tolist()
+        scores = loss_sum / count, 100 * correct / count, score
+        history.append(Epoch(epoch, seconds, *scores, clock(run) - started - seconds))
+        progress.epoch(history[-1])
+    return history
+
+
+def _tally(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+    """(loss summed over the labels, correct labels, labels), float64 (3), on the device."""
+    counted = (labels != IGNORE).sum()
+    correct = (logits.detach().argmax(1) == labels).sum()  # no class is called IGNORE
+    return torch.stack([loss.detach() * counted, correct, counted])
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float | Sequence):
+    """One cycle over the whole run: from peak/25 up to `peak` in its first 30%, then down to 0.
+
+    Smith and Topin, Super-Convergence, 2018 (arXiv:1708.07120).
+    """
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=epochs * len(batches), cycle_momentum=False
+    )
+
+
+def clock(run: Settings) -> float:
+    """Seconds, with the device's work done."""
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Progress:
+    """Shows a run as it goes: in place in a notebook, as a line per epoch in a script.
+
+    The report every 25 iterations shows totals that were copied on their way 25 iterations ago,
+    so it never waits for the device; in a notebook it is drawn every two seconds at most.
+    """
+
+    def __init__(self, epochs: int, steps: int, run: Settings):
+        self.epochs, self.steps = epochs, steps
+        self.totals = torch.zeros(3, dtype=torch.float64, pin_memory=run.device.type == "cuda")
+        self.copied = torch.cuda.Event() if run.device.type == "cuda" else None
+        self.display, self.shown = None, 0.0
+
+    def step(self, epoch: int, step: int, totals: Tensor) -> None:
+        """Every 25 iterations: mean loss and accuracy of the epoch so far."""
+        if self.copied is None or self.copied.query():
+            loss, correct, count = self.totals.tolist()
+            if count and time.perf_counter() - self.shown > 2:
+                line = f"step {step}/{self.steps}, loss {loss / count:.4f}"
+                self._show(f"epoch {epoch}/{self.epochs}: {line}", final=False)
+        self.totals.copy_(totals, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+
+    def epoch(self, e: Epoch) -> None:
+        """After every epoch: its seconds, loss and accuracies."""
+        scores = f"training {e.accuracy:.2f}%, validation {e.validation_accuracy:.2f}%"
+        line = f"epoch {e.epoch}/{self.epochs}: {e.seconds:.1f} s, loss {e.loss:.4f}, {scores}"
+        self._show(line, final=True)
+
+    def _show(self, text: str, final: bool) -> None:
+        self.shown = time.perf_counter()
+        if not _in_notebook():
+            if final or sys.stdout.isatty():
+                print(f"\r{text:<79}", end="\n" if final else "", flush=True)
+            return
+        from IPython.display import display
+
+        message = {"text/plain": text}
+        if self.display is None:
+            self.display = display(message, raw=True, display_id=True)
+        else:
+            self.display.update(message, raw=True)
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
+# -------------------------------------------------------------------------------------- scores
+
+
+@torch.inference_mode()
+def test(model: nn.Module, batches: Iterable, run: Settings) -> float:
+    """Percentage of labels that the model gets right: of images, or of pixels for label maps."""
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64, device=run.device)  # correct, labels
+    for images, labels in batches:
+        labels = labels.to(run.device)
+        with run.autocast():
+            guess = model(images.to(run.device)).argmax(1)
+        counts += torch.stack([(guess == labels).sum(), (labels != IGNORE).sum()])
+    correct, count = counts.tolist()
+    return 100 * correct / count
+
+
+@dataclass(frozen=True)
+class PixelScores:
+    """Scores of label maps, in percent; a class that is nowhere is NaN and not in the mean."""
+
+    accuracy: float  # of all pixels
+    class_accuracy: Tensor  # (classes,) of the pixels that are the class
+    class_iou: Tensor  # (classes,) intersection over union
+    mean_iou: float
+    confusion: Tensor  # int64 (classes, classes): rows are the truth
+
+
+@torch.inference_mode()
+def test_pixels(model: nn.Module, batches: Iterable, classes: int, run: Settings) -> PixelScores:
+    """Every per-pixel score from one confusion matrix, counted on the device."""
+    model.eval()
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=run.device)
+    for images, labels in batches:
+        labels = labels.to(run.device)
+        with run.autocast():
+            guess = model(images.to(run.device)).argmax(1)
+        counted = labels != IGNORE
+        pairs = labels[counted] * classes + guess[counted]
+        confusion += torch.bincount(pairs, minlength=classes * classes)
+    return pixel_scores(confusion.view(classes, classes).cpu())
+
+
+def pixel_scores(confusion: Tensor) -> PixelScores:
+    """The scores that a confusion matrix, int64 (classes, classes), holds.
+
+    A class is left out of the mean IoU where it is neither a pixel's truth nor its prediction.
+    """
+    hits, truth, guesses = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
+    iou = 100 * hits / (truth + guesses - hits)  # 0 / 0 is NaN
+    accuracy = 100 * hits.sum().item() / confusion.sum().item()
+    return PixelScores(accuracy, 100 * hits / truth, iou, iou.nanmean().item(), confusion)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Iterable, run: Settings) -> tuple[Tensor, Tensor]:
+    """(class, its probability) for every label of unshuffled batches, on the CPU."""
+    model.eval()
+    guesses, probabilities = [], []
+    for images, _ in batches:
+        with run.autocast():
+            logits = model(images.to(run.device))
+        probability, guess = logits.float().softmax(1).max(1)
+        guesses.append(guess.cpu())
+        probabilities.append(probability.cpu())
+    return torch.cat(guesses), torch.cat(probabilities)
