@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -77,6 +78,16 @@ def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int
     output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum().backward()
     touched = image.grad[0].sum(0).nonzero()
     return int((touched.max(0).values - touched.min(0).values).max()) + 1
+
+
+def notebook_definitions(notebook: str) -> SimpleNamespace:
+    """What the cells tagged `definition` of a notebook define: its models, by name."""
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    namespace = {"torch": torch, "nn": nn}
+    for cell in cells:
+        if "definition" in cell["metadata"].get("tags", []):
+            exec("".join(cell["source"]), namespace)
+    return SimpleNamespace(**namespace)
 
 
 # ------------------------------------------------------------------------- records and figures

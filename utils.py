@@ -364,10 +364,12 @@ class Batches:
         self.epoch = 0
         # pixels in rows, so that one index_select cuts, shifts and flips, and gives channels_last
         self.pixels = dataset.images.permute(0, 2, 3, 1).contiguous().to(run.device)
-        self.labels = dataset.labels.to(run.device)
+        self.labels = dataset.labels.contiguous().to(run.device)
         mean, std = statistics or dataset.statistics()
-        self.scale = 1 / (255 * torch.tensor(std, device=run.device))
-        self.offset = -torch.tensor(mean, device=run.device) * 255 * self.scale
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        image = self.pixels.new_ones(self.pixels.shape[1:], dtype=torch.float32)
+        self.scale = image / (255 * std).to(run.device)  # (H, W, C), so that no product broadcasts
+        self.offset = image * (-mean / std).to(run.device)
 
     def __len__(self) -> int:
         return math.ceil(len(self.dataset) / self.batch_size)
@@ -388,7 +390,8 @@ class Batches:
             yield self._augmented(*batch) if augment else self._plain(batch[0])
 
     def _plain(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self._normalise(self.pixels.index_select(0, index)), self.labels[index].long()
+        pixels, labels = self.pixels.index_select(0, index), self.labels.index_select(0, index)
+        return self._normalise(pixels), labels.long()
 
     def _augmented(self, index: Tensor, down: Tensor, across: Tensor, flips: Tensor):
         height, width, channels = self.pixels.shape[1:]
@@ -397,7 +400,10 @@ class Batches:
         columns = torch.where(flips[:, None], columns.flip(1), columns)
         spot = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
         pixels = self.pixels.view(-1, channels).index_select(0, spot.view(-1))
-        labels = self.labels[index] if self.labels.ndim == 1 else self.labels.view(-1)[spot]
+        if self.labels.ndim == 1:
+            labels = self.labels.index_select(0, index)
+        else:
+            labels = self.labels.view(-1).index_select(0, spot.view(-1)).view(spot.shape)
         return self._normalise(pixels.view(*spot.shape, channels)), labels.long()
 
     def _normalise(self, pixels: Tensor) -> Tensor:

@@ -1,50 +1,33 @@
 """Small data sets on disk, and the models as the notebooks define them."""
 
-import json
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import report  # noqa: E402
 import utils  # noqa: E402
 
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def notebook_cells(name: str, tag: str) -> list[str]:
-    """The source of the notebook's cells that carry a tag."""
-    notebook = json.loads((ROOT / name).read_text(encoding="utf-8"))
-    cells = [c for c in notebook["cells"] if tag in c["metadata"].get("tags", [])]
-    return ["".join(cell["source"]) for cell in cells]
-
-
-def notebook_definitions(name: str) -> SimpleNamespace:
-    """What the notebook's cells tagged `definition` define, by name."""
-    namespace = {"torch": torch, "nn": nn}
-    for source in notebook_cells(name, "definition"):
-        exec(source, namespace)
-    return SimpleNamespace(**namespace)
-
-
 @pytest.fixture(scope="session")
 def classification():
-    return notebook_definitions("imageclassification.ipynb")
+    return report.notebook_definitions("imageclassification.ipynb")
 
 
 @pytest.fixture(scope="session")
 def segmentation():
-    return notebook_definitions("imagesegmentation.ipynb")
+    return report.notebook_definitions("imagesegmentation.ipynb")
 
 
 @pytest.fixture

@@ -1,0 +1,389 @@
+"""The notebooks' training against the write-up's recipe, side by side in one process.
+
+A is the recipe as most people write it: a torchvision data set with ToTensor and Normalize, a
+DataLoader, float32, SGD, `.item()` at every step. B is what the notebooks run: `utils.Batches` and
+`utils.train`. The sides take turns, A B A B, after a warm-up round that is not counted; the table
+shows medians over the rounds, and the lowest and highest ratio of any round.
+
+    python benchmarks/speed.py --json benchmarks/speed.json    # the full data, all of it
+    python benchmarks/speed.py --quick                         # the samples, under two minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import transforms, tv_tensors
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import report  # noqa: E402
+import utils  # noqa: E402
+
+STEPS = {"mnist": 200, "cifar10": 8}  # in a round; the segmentation models take 4
+
+
+class PlainData(torchvision.datasets.VisionDataset):
+    """A data set as torchvision's own: an array in memory, a PIL image and a transform per item."""
+
+    def __init__(self, dataset: utils.Dataset, statistics, moved: bool = False):
+        crop = v2.RandomCrop(dataset.images.shape[2:], padding=4, padding_mode="reflect")
+        both = v2.Compose([crop, v2.RandomHorizontalFlip()]) if moved else None
+        to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*statistics)])
+        super().__init__(root=None, transform=to_tensor)
+        self.moves = both
+        self.data = dataset.images.permute(0, 2, 3, 1).squeeze(-1).contiguous().numpy()
+        self.targets = (
+            dataset.labels.tolist() if dataset.labels.ndim == 1 else dataset.labels.long()
+        )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        image, target = Image.fromarray(self.data[index]), self.targets[index]
+        if self.moves:
+            target = target if isinstance(target, int) else tv_tensors.Mask(target)
+            image, target = self.moves(image, target)
+        return self.transform(image), target
+
+
+@dataclass
+class Task:
+    """A model, its data and its batch size: what both sides are given."""
+
+    name: str
+    make: Callable[[int], nn.Module]  # width to model
+    width: int
+    batch_size: int
+    peak: float  # learning rate of side B
+    training: utils.Dataset
+    validation: utils.Dataset
+    moved: bool  # whether side B flips and moves the images, as the notebooks do
+
+    def head(self, part: utils.Dataset, count: int) -> utils.Dataset:
+        return part.subset(torch.arange(count) % len(part))
+
+
+class Plain:
+    """Side A: the write-up's recipe as most people write it."""
+
+    def __init__(self, task: Task, training, validation, run: utils.Settings, seed: int = 0):
+        torch.manual_seed(seed)
+        self.device = run.device
+        self.model = task.make(task.width).to(run.device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        facts = task.training.statistics()
+        part, training, validation = (
+            training,
+            PlainData(training, facts),
+            PlainData(validation, facts),
+        )
+        self.batches = self.unmoved = DataLoader(training, task.batch_size, shuffle=True)
+        self.moved = DataLoader(PlainData(part, facts, moved=True), task.batch_size, shuffle=True)
+        self.validation = DataLoader(validation, task.batch_size)
+
+    def train(self) -> float:
+        """One epoch; returns its seconds."""
+        self.model.train()
+        started = time.perf_counter()
+        for x, y in self.batches:
+            x, y = x.to(self.device), y.to(self.device)
+            loss = F.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()  # waits for the device, every time
+        return time.perf_counter() - started
+
+    @torch.no_grad()
+    def test(self) -> float:
+        self.model.eval()
+        correct = total = 0
+        for x, y in self.validation:
+            x, y = x.to(self.device), y.to(self.device)
+            correct += (self.model(x).argmax(1) == y).sum().item()
+            total += y.numel()
+        return 100 * correct / total
+
+
+class Ours:
+    """Side B: what the notebooks run."""
+
+    def __init__(self, task: Task, training, validation, run: utils.Settings, seed: int = 0):
+        torch.manual_seed(seed)
+        self.run, self.peak, facts = run, task.peak, task.training.statistics()
+        self.model = task.make(task.width).to(run.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), task.peak, weight_decay=0.05, fused=True
+        )
+        moves = dict(flip=True, shift=4)
+        common = dict(statistics=facts, shuffle=True, seed=seed)
+        size = task.batch_size
+        self.batches = utils.Batches(training, size, run, **common, **(moves if task.moved else {}))
+        # whole passes over the data set: what is done once an epoch is spread as it should be
+        self.unmoved = utils.Batches(task.training, size, run, **common)
+        self.moved = utils.Batches(task.training, size, run, **common, **moves)
+        self.validation = utils.Batches(validation, 500, run, facts)
+        self.one_image = utils.Batches(validation.subset(torch.zeros(1).long()), 1, run, facts)
+
+    def train(self) -> float:
+        """One epoch; returns its seconds."""
+        return self.fit(1, self.one_image)[0].seconds
+
+    def fit(self, epochs: int, validation) -> list[utils.Epoch]:
+        schedule = utils.one_cycle(self.optimizer, self.batches, epochs, self.peak)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return utils.train(
+                self.model, self.optimizer, self.batches, validation, epochs, self.run, schedule
+            )
+
+    def test(self) -> float:
+        return utils.test(self.model, self.validation, self.run)
+
+
+def drain(batches) -> Callable[[], object]:
+    """Work that makes every batch and keeps none."""
+    return lambda: collections.deque(batches, maxlen=0)
+
+
+def seconds(work: Callable[[], object], run: utils.Settings) -> float:
+    """How long some work takes, the device's part included."""
+    started = utils.clock(run)
+    work()
+    return utils.clock(run) - started
+
+
+def peak_memory(work: Callable[[], object], run: utils.Settings) -> float | None:
+    """Megabytes that some work adds to what is held before it; None where that can't be told."""
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory back, so that it is not counted
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start a new peak
+    except OSError:
+        work()
+        return None
+    held = _status_kb("VmRSS")
+    work()
+    return (_status_kb("VmHWM") - held) / 1e3
+
+
+def _status_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def compare(task: Task, metric: str, a: list[float], b: list[float], unit: str):
+    """A row of the table: medians of both sides and the ratio, B over A, of each round."""
+    ratios = [y / x for x, y in zip(a, b, strict=True)]
+    return dict(
+        model=task.name,
+        metric=f"{metric}, {unit}",
+        a=statistics.median(a),
+        b=statistics.median(b),
+        ratio=statistics.median(ratios),
+        lowest=min(ratios),
+        highest=max(ratios),
+        rounds=len(ratios),
+    )
+
+
+def throughput(task: Task, run: utils.Settings, rounds: int) -> list[dict]:
+    """Training, evaluation and input speed of both sides in turn, and the memory they take."""
+    steps = STEPS.get(task.name, 4)
+    count = steps * task.batch_size
+    training = task.head(task.training, count)
+    validation = task.head(task.validation, min(count, 1000))
+    sides = [side(task, training, validation, run) for side in (Plain, Ours)]
+    memory = [[peak_memory(side.train, run)] for side in sides]  # in the warm-up round
+    times = {m: ([], []) for m in ("training", "evaluation", "input", "input, moved")}
+    for number in range(rounds + 1):
+        for turn, side in enumerate(sides):
+            measured = {
+                "training": side.train(),
+                "evaluation": seconds(side.test, run),
+                "input": seconds(drain(side.unmoved), run) / len(side.unmoved),
+                "input, moved": seconds(drain(side.moved), run) / len(side.moved),
+            }
+            if number > 0:  # the first round warms up
+                for measure, value in measured.items():
+                    times[measure][turn].append(value)
+
+    def rate(measure, images):
+        return [[images / t for t in side] for side in times[measure]]
+
+    ours = "input, moved" if task.moved else "input"  # as it trains
+    pairs = zip((times["input"][0], times[ours][1]), times["training"], strict=True)
+    shares = [[100 * steps * i / t for i, t in zip(*pair, strict=True)] for pair in pairs]
+    rows = [
+        compare(task, "training", *rate("training", count), "images/s"),
+        compare(task, "evaluation", *rate("evaluation", len(validation)), "images/s"),
+        compare(
+            task,
+            "input alone, neither flipped nor moved",
+            *rate("input", task.batch_size),
+            "images/s",
+        ),
+        compare(
+            task,
+            "input alone, flipped and moved",
+            *rate("input, moved", task.batch_size),
+            "images/s",
+        ),
+        compare(task, "input's share of a step", *shares, "%"),
+    ]
+    if [None] not in memory:
+        rows.append(compare(task, "peak memory of training", *memory, "MB"))
+    if run.device.type == "cuda":
+        rows += on_cuda(task, times["training"], steps, run)
+    return rows
+
+
+def on_cuda(task: Task, times, steps: int, run: utils.Settings) -> list[dict]:
+    """Step time, TFLOP/s and their share of the card's measured bf16 matrix rate."""
+    x = torch.randn(8192, 8192, device=run.device, dtype=torch.bfloat16)
+    x @ x
+    product = min(seconds(lambda: x @ x, run) for _ in range(10))
+    card = 2 * 8192**3 / product / 1e12
+    flops = 6 * report.multiply_adds(task.make(task.width), task.training.images.shape[1:])
+    speed = [[flops * task.batch_size * steps / t / 1e12 for t in side] for side in times]
+    share = [[100 * s / card for s in side] for side in speed]
+    step = [[1e6 * t / steps for t in side] for side in times]
+    return [
+        compare(task, "step", *step, "us"),
+        compare(task, "arithmetic", *speed, "TFLOP/s"),
+        compare(task, f"arithmetic's share of {card:.0f} TFLOP/s (bf16 matrix)", *share, "%"),
+    ]
+
+
+def time_to_score(
+    task: Task, goals: dict[float, tuple[Task, int]], run: utils.Settings, budget: float
+) -> list[dict]:
+    """Seconds of training until the 20% split first passes each goal, one run a side and goal.
+
+    A trains `task` until it passes the last goal or has spent its budget in seconds; B trains the
+    task that stands beside the goal for its number of epochs. Both are scored after every epoch,
+    which the seconds leave out.
+    """
+    plain = Plain(task, task.training, task.validation, run, seed=1)
+    spent, passed = 0.0, {}
+    while len(passed) < len(goals) and spent < budget:
+        spent += plain.train()
+        score = plain.test()
+        print(f"  {task.name}, A: {score:.2f}% after {spent:.0f} s", flush=True)
+        passed.update({goal: spent for goal in goals if score >= goal and goal not in passed})
+    rows = []
+    for goal, (fast, epochs) in goals.items():
+        ours = Ours(fast, task.training, task.validation, run, seed=1)
+        history = ours.fit(epochs, ours.validation)
+        scores = [e.validation_accuracy for e in history]
+        print(f"  {task.name}, B: {', '.join(f'{score:.2f}%' for score in scores)}", flush=True)
+        within = next((n for n, score in enumerate(scores, start=1) if score >= goal), None)
+        b = sum(e.seconds for e in history[:within]) if within else None
+        a = passed.get(goal)
+        row = dict(model=task.name, metric=f"time to {goal}% of the 20% split, s", a=a, b=b)
+        row.update(ratio=b / a if a and b else None, rounds=1)
+        row["b_is"] = f"{fast.name}, batch {fast.batch_size}, {epochs} epochs"
+        rows.append(row)
+    return rows
+
+
+def tasks(run: utils.Settings, width: int) -> dict[str, Task]:
+    """The six models of the notebooks, with their data."""
+    models = report.notebook_definitions("imageclassification.ipynb")
+    ladder = report.notebook_definitions("imagesegmentation.ipynb")
+    loads = (utils.load_mnist, utils.load_cifar10, utils.load_scenes)
+    digits, pictures, scenes = (utils.split(load(run)[0]) for load in loads)
+    found = [
+        Task("mnist", models.MnistCNN, width, 16, 5e-4, *digits, False),
+        Task("cifar10", models.CifarResNet, width, 128, 1e-3, *pictures, True),
+    ]
+    for name, layers in ladder.LADDER.items():
+        found.append(Task(name, segmenter(ladder, layers), width, 64, 1e-3, *scenes, True))
+    return {task.name: task for task in found}
+
+
+def segmenter(ladder, layers) -> Callable[[int], nn.Module]:
+    """The function from width to model that one rung of the ladder is."""
+    return lambda width: ladder.Segmenter(layers(width), width)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| model | measure | A | B | B over A | lowest to highest |",
+        "| --- | --- | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        a, b = ("not reached" if row[side] is None else f"{row[side]:,.4g}" for side in "ab")
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3g}"
+        spread = f"{row['lowest']:.3g} to {row['highest']:.3g}" if row["rounds"] > 1 else "one run"
+        metric = row["metric"] + (f" (B: {row['b_is']})" if "b_is" in row else "")
+        lines.append(f"| {row['model']} | {metric} | {a} | {b} | {ratio} | {spread} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="samples, width 16, three rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE as well")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
+    parser.add_argument(
+        "--budget", type=float, default=2400, help="seconds that A may train for a score"
+    )
+    options = parser.parse_args()
+    profile = "quick" if options.quick else "full"
+    run = utils.settings(environ={**os.environ, "PROFILE": profile})
+    print(run, flush=True)
+    rows, found = [], tasks(run, 16 if options.quick else 64)
+    for task in found.values():
+        rows += throughput(task, run, 3 if options.quick else options.rounds)
+        print(f"{task.name}: measured", flush=True)
+    if not options.quick:
+        mnist, cifar = found["mnist"], found["cifar10"]
+        small = replace(mnist, name="MnistCNN(16)", width=16, batch_size=128, peak=4e-3)
+        rows += time_to_score(mnist, {93.76: (small, 1)}, run, options.budget)
+        small = replace(cifar, name="CifarResNet(32)", width=32, peak=3e-3, moved=False)
+        goals = {70.0: (small, 3), 76.83: (small, 6)}
+        rows += time_to_score(cifar, goals, run, options.budget)
+    print(table(rows))
+    if options.json:
+        machine = dict(
+            hardware=utils.hardware_name(run.device),
+            precision=utils.dtype_name(run.precision),
+            torch=torch.__version__,
+            data=sorted({f"{t.training.name} ({t.training.source})" for t in found.values()}),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
