@@ -533,8 +533,10 @@ class Progress:
     def _show(self, text: str, final: bool) -> None:
         self.shown = time.perf_counter()
         if not _in_notebook():
-            if final or sys.stdout.isatty():
-                print(f"\r{text:<79}", end="\n" if final else "", flush=True)
+            if sys.stdout.isatty():
+                print(f"\r{text:<99}", end="\n" if final else "", flush=True)
+            elif final:
+                print(text, flush=True)
             return
         from IPython.display import display
 
