@@ -64,7 +64,7 @@ def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int
     """Side, in pixels, of the square of the input that one output position depends on.
 
     Measured: the extent of the input's gradient at a central output of a fully convolutional
-    model, with weights of one and averages for maxima so that nothing cancels or is masked.
+    model, with weights above zero and averages for maxima so that nothing cancels or is masked.
     """
     probe = copy.deepcopy(model).cpu().double().eval()
     for module in list(probe.modules()):
@@ -105,7 +105,7 @@ def record_run(
     official_test_accuracy: float,
     seed: int,
 ) -> dict:
-    """Write all there is to know about a run to results.json and draw its figure.
+    """Write all there is to know about a run to results.json and its figure beside it.
 
     A record gives way only to one of at least as many epochs. Returns the new record.
     """
@@ -147,21 +147,26 @@ def record_run(
 
 
 def save_record(record: dict, folder: Path) -> None:
-    """Put a record into folder/results.json and draw its figure, unless a longer run is there."""
+    """Draw a record and put it into folder/results.json, unless a run of more epochs is there."""
+    figure = draw_history(record)
     folder.mkdir(parents=True, exist_ok=True)
     records = {old["run"]: old for old in load_records(folder)}
     old = records.get(record["run"])
     if old and old["epochs"] > record["epochs"]:
-        print(
-            f"{record['run']}: kept the earlier record of {old['epochs']} epochs in {folder.name}/"
-        )
+        print(f"{folder.name}/ keeps its record of {record['run']} over {old['epochs']} epochs.")
         return
     records[record["run"]] = record
     text = json.dumps([records[name] for name in sorted(records)], indent=1)
     partial = folder / "results.json.partial"
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(folder / "results.json")
-    draw_history(record).savefig(folder / f"{record['run']}.png", dpi=120)
+    figure.savefig(folder / f"{record['run']}.png", dpi=120)
+
+
+def redraw(folder: Path = ROOT / "figures") -> None:
+    """Draw every figure of a folder again from its results.json."""
+    for record in load_records(folder):
+        draw_history(record).savefig(folder / f"{record['run']}.png", dpi=120)
 
 
 def load_records(folder: Path) -> list[dict]:
@@ -183,7 +188,7 @@ def draw_history(record: dict) -> plt.Figure:
     axes.plot(*best, "*", color="#D55E00", markersize=13, label="best")
     caption = (
         f"{record['dataset']} ({record['source']}) on {record['device']}, {record['precision']}.\n"
-        f"Run time {record['train_seconds'] / 60:.2f} min for {record['epochs']} epochs. "
+        f"Run time {duration(record['train_seconds'])} for {record['epochs']} epochs. "
         f"Best score {best[1]:.2f}% at epoch {best[0]}, "
         f"final score {record['final_accuracy']:.2f}%."
     )
@@ -200,6 +205,11 @@ def draw_history(record: dict) -> plt.Figure:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure
+
+
+def duration(seconds: float) -> str:
+    """Seconds up to two minutes, minutes from there."""
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def write_up(record: dict) -> dict | None:
@@ -252,12 +262,11 @@ def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> Non
 
 
 def show_classes(dataset: Dataset, each: int = 2) -> None:
-    """The first `each` examples of every class of a classification data set."""
-    index = torch.cat(
-        [(dataset.labels == c).nonzero()[:each, 0] for c in range(len(dataset.classes))]
-    )
-    order = index.view(-1, each).T.reshape(-1)
-    show_images(dataset.images[order], [dataset.classes[i] for i in dataset.labels[order]])
+    """The first `each` examples of every class of a classification data set, a column a class."""
+    columns = [(dataset.labels == c).nonzero()[:each, 0].tolist() for c in dataset.labels.unique()]
+    index = torch.tensor([c[min(row, len(c) - 1)] for row in range(each) for c in columns])
+    titles = [dataset.classes[label] for label in dataset.labels[index]]
+    show_images(dataset.images[index], titles, columns=len(columns))
 
 
 def show_mistakes(
@@ -266,36 +275,41 @@ def show_mistakes(
     """The wrong guesses with the highest probability, with both labels."""
     wrong = (guesses != dataset.labels).nonzero()[:, 0]
     worst = wrong[probabilities[wrong].argsort(descending=True)][:count]
-    names = dataset.classes
-    show_images(
-        dataset.images[worst],
-        [
-            f"{names[guesses[i]]} {100 * probabilities[i]:.0f}%\nis {names[dataset.labels[i]]}"
-            for i in worst
-        ],
-    )
+    if len(worst) == 0:
+        print("There are no mistakes.")
+        return
+    names, sure = dataset.classes, (100 * probabilities).round().int()
+    titles = [f"{names[guesses[i]]}, {sure[i]}%\nis {names[dataset.labels[i]]}" for i in worst]
+    show_images(dataset.images[worst], titles)
 
 
 def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) -> None:
-    """The first scenes, a column each; a row per label map (N, H, W), and the legend of colours.
+    """Scenes from all over a data set, a column each, with a row per label map (N, H, W).
 
-    Each map is drawn alone; the first one also over its image.
+    The first map is also drawn over its image. Ignored pixels are white.
     """
-    palette = plt.get_cmap("tab20").colors
-    palette = np.array(palette[0::2] + palette[1::2])  # digits dark, backgrounds light
-    first = next(iter(maps))
-    titles = ["image", *maps, f"{first}, overlaid"]
-    figure, grid = plt.subplots(len(titles), count, figsize=(1.3 * count + 1.2, 1.3 * len(titles)))
-    for column in range(count):
-        image = dataset.images[column].permute(1, 2, 0).numpy() / 255
-        painted = [palette[maps[title][column].numpy()] for title in maps]
-        overlaid = 0.4 * image + 0.6 * painted[0]
-        for axes, picture in zip(grid[:, column], [image, *painted, overlaid], strict=True):
+    shades = plt.get_cmap("tab20").colors
+    shades = shades[0::2] + shades[1::2]  # of 20 classes, digits dark and backgrounds light
+    palette = np.ones((256, 3))
+    palette[: len(dataset.classes)] = [shades[c % 20] for c in range(len(dataset.classes))]
+    scenes = torch.linspace(0, len(dataset) - 1, count).long()
+    photographs = dataset.images[scenes].permute(0, 2, 3, 1).numpy() / 255
+    painted = {title: palette[labels[scenes].numpy()] for title, labels in maps.items()}
+    first, *others = painted
+    rows = {"image": photographs, f"{first}, overlaid": 0.4 * photographs + 0.6 * painted[first]}
+    rows |= {title: painted[title] for title in (first, *others)}
+
+    size = (1.3 * count + 1.4, 1.3 * len(rows))
+    figure, grid = plt.subplots(len(rows), count, figsize=size, layout="constrained", squeeze=False)
+    for line, (title, pictures) in zip(grid, rows.items(), strict=True):
+        line[0].set_ylabel(title, fontsize=8)
+        for axes, picture in zip(line, pictures, strict=True):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
-    for axes, title in zip(grid[:, 0], titles, strict=True):
-        axes.set_ylabel(title, fontsize=8)
-    patches = [Patch(color=c, label=n) for c, n in zip(palette, dataset.classes, strict=True)]
-    figure.legend(handles=patches, loc="outside center right", fontsize=7)
-    figure.set_layout_engine("constrained")
+    patches = [Patch(color=palette[c], label=name) for c, name in enumerate(dataset.classes)]
+    figure.legend(handles=patches, loc="outside right center", fontsize=7)
     plt.show()
+
+
+if __name__ == "__main__":
+    redraw()

@@ -21,9 +21,18 @@ def load_digits() -> tuple[Dataset, Dataset]:
     return tuple(Dataset("MNIST", "sample", images[i], labels[i], DIGITS) for i in parts)
 
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field") + (
-    "immunohistochemistry", "retina", "stereo_motorcycle", "china", "flower"
-)  # fmt: skip
+PHOTOGRAPHS = {  # the package's name of each, and ours
+    "astronaut": "astronaut",
+    "chelsea": "cat",
+    "coffee": "coffee",
+    "rocket": "rocket",
+    "hubble_deep_field": "galaxies",
+    "immunohistochemistry": "tissue",
+    "retina": "retina",
+    "stereo_motorcycle": "motorcycle",
+    "china": "temple",
+    "flower": "flower",
+}
 
 
 def load_photographs(train: int = 300, test: int = 100) -> tuple[Dataset, Dataset]:
@@ -50,8 +59,9 @@ def load_photographs(train: int = 300, test: int = 100) -> tuple[Dataset, Datase
             patches[part].append(cut[keep])
             tiles[part].append(label * 1000 + tile[keep])
             labels[part].append(torch.full((len(keep),), label))
+    classes = tuple(PHOTOGRAPHS.values())
     return tuple(
-        Dataset("photographs", "sample", torch.cat(p), torch.cat(y), PHOTOGRAPHS, torch.cat(t))
+        Dataset("photographs", "sample", torch.cat(p), torch.cat(y), classes, torch.cat(t))
         for p, y, t in zip(patches, labels, tiles, strict=True)
     )
 

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ class Settings:
     epochs_cap: int | None
     device: torch.device
     precision: torch.dtype  # of the matrix products; weights and sums stay float32
+    graphs: bool = False  # on CUDA, replay training steps as graphs
 
     def pick(self, full, quick):
         """The value that belongs to the profile."""
@@ -73,18 +74,21 @@ class Settings:
     def __str__(self) -> str:
         data = self.pick(f"the full data in {_short(self.data_dir)}", "the sample data, no network")
         autocast = "" if self.precision == torch.float32 else " autocast"
+        graphs = ", steps replayed as CUDA graphs" if self.graphs else ""
         cap = f", at most {self.epochs_cap} epochs" if self.epochs_cap else ""
         return (
             f"profile    {self.profile}: {data}{cap}\n"
             f"hardware   {hardware_name(self.device)}\n"
-            f"precision  {dtype_name(self.precision)}{autocast}, channels_last\n"
+            f"precision  {dtype_name(self.precision)}{autocast}, channels_last{graphs}\n"
             f"versions   Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}"
         )
 
 
 def settings(
-    precision: torch.dtype | None = None, environ: Mapping[str, str] = os.environ
+    precision: torch.dtype | None = None,
+    graphs: bool = False,
+    environ: Mapping[str, str] = os.environ,
 ) -> Settings:
     """Read PROFILE, EPOCHS and DATA_DIR from the environment; choose device and precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,7 +102,8 @@ def settings(
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     precision = precision or best_precision(device)
-    return Settings(profile, data_dir, int(cap) if cap else None, device, precision)
+    graphs = graphs and device.type == "cuda"
+    return Settings(profile, data_dir, int(cap) if cap else None, device, precision, graphs)
 
 
 def best_precision(device: torch.device) -> torch.dtype:
@@ -169,6 +174,8 @@ class Dataset:
         if tuple(self.labels.shape) not in sizes:
             got = f"{tuple(self.labels.shape)} for images {tuple(self.images.shape)}"
             refuse(f"labels must be one per image or one per pixel, not {got}")
+        if self.labels.is_floating_point() or self.labels.dtype == torch.bool:
+            refuse(f"labels must be whole numbers, not {dtype_name(self.labels.dtype)}")
         wrong = (self.labels < 0) | (self.labels >= len(self.classes)) & (self.labels != IGNORE)
         if wrong.any():
             first, limit = self.labels[wrong][0].item(), len(self.classes) - 1
@@ -214,7 +221,7 @@ def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset,
 
 
 def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
-    """MNIST as (training, official test): 60,000 + 10,000, or 4,000 + 1,000 of them as a sample."""
+    """MNIST as (training, official test): 60,000 + 10,000; in the quick profile 4,000 + 1,000."""
     if run.profile == "quick":
         import samples  # only here: the full profile needs none of its packages
 
@@ -249,14 +256,18 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
 
 
 def load_folder(folder: Path, name: str) -> Dataset:
-    """Colour images of one size, in one folder per class; a JPEG anywhere makes it a JPEG copy."""
+    """Images of one size, in one folder per class; `source` tells JPEGs from other files."""
     files = torchvision.datasets.ImageFolder(folder)
     paths = [path for path, _ in files.samples]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        images = np.stack(list(pool.map(lambda path: np.asarray(files.loader(path)), paths)))
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        images = list(pool.map(lambda path: np.asarray(files.loader(path)), paths))
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            first, other = ("x".join(map(str, i.shape[1::-1])) for i in (images[0], image))
+            raise UsageError(f"{path} is {other} but {paths[0]} is {first}: give all one size.")
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     jpeg = any(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
-    source = "JPEG copy" if jpeg else "full"
+    source = "JPEG copy" if jpeg else "PNG folders"
     return Dataset(name, source, images, torch.tensor(files.targets), tuple(files.classes))
 
 
@@ -301,9 +312,9 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     return Dataset("MNIST-on-CIFAR-10", source, images, labels, classes, backgrounds.groups)
 
 
-_MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
-    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-)  # fmt: skip
+_MNIST_FILES = [
+    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+]
 
 
 def _download(data_dir: Path, name: str, fetch) -> None:
@@ -366,7 +377,7 @@ class Batches:
         self.pixels = dataset.images.permute(0, 2, 3, 1).contiguous().to(run.device)
         self.labels = dataset.labels.contiguous().to(run.device)
         mean, std = statistics or dataset.statistics()
-        mean, std = torch.tensor(mean), torch.tensor(std)
+        mean, std = torch.tensor(mean), torch.tensor(std).clamp(min=1 / 255)  # of even images, too
         image = self.pixels.new_ones(self.pixels.shape[1:], dtype=torch.float32)
         self.scale = image / (255 * std).to(run.device)  # (H, W, C), so that no product broadcasts
         self.offset = image * (-mean / std).to(run.device)
@@ -447,26 +458,32 @@ def train(
     """
     history, progress = [], Progress(epochs, len(batches), run)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
+    totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, correct, labels
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        with run.autocast():
+            logits = model(images)
+            loss = loss_function(logits, labels, ignore_index=IGNORE)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        totals.add_(_tally(logits, labels, loss))
+
+    if run.graphs and not scaler.is_enabled():
+        step = CapturedStep(step, optimizer)
     for epoch in range(1, epochs + 1):
         model.train()
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
+        totals.zero_()
         started = clock(run)
-        totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, correct, labels
-        for step, (images, labels) in enumerate(batches, start=1):
-            images, labels = images.to(run.device), labels.to(run.device)
-            with run.autocast():
-                logits = model(images)
-                loss = loss_function(logits, labels, ignore_index=IGNORE)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        for number, (images, labels) in enumerate(batches, start=1):
+            step(images.to(run.device), labels.to(run.device))
             if schedule is not None:
                 schedule.step()
-            totals += _tally(logits, labels, loss)
-            if step % REPORT_EVERY == 0:
-                progress.step(epoch, step, totals)
+            if number % REPORT_EVERY == 0:
+                progress.step(epoch, number, totals)
         seconds = clock(run) - started
         score = test(model, validation, run)
         loss_sum, correct, count = totals.tolist()
@@ -480,7 +497,7 @@ def _tally(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     """(loss summed over the labels, correct labels, labels), float64 (3), on the device."""
     counted = (labels != IGNORE).sum()
     correct = (logits.detach().argmax(1) == labels).sum()  # no class is called IGNORE
-    return torch.stack([loss.detach() * counted, correct, counted])
+    return torch.stack([loss.detach().double() * counted, correct, counted])
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float | Sequence):
@@ -493,6 +510,39 @@ def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: floa
     )
 
 
+class CapturedStep:
+    """A training step, recorded as a CUDA graph after three ordinary ones and replayed ever after.
+
+    One launch takes the place of a hundred, which is what a small batch spends its time on. A batch
+    of another shape, the short last one say, runs as an ordinary step.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
+        self.step, self.warm_up, self.graph = step, 3, None
+        self.stream = torch.cuda.Stream()
+        for group in optimizer.param_groups:  # what the graph reads must lie on the device
+            group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
+            if "capturable" in group:
+                group["capturable"] = True
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        if self.graph is None and self.warm_up == 0:
+            self.images, self.labels = images.clone(), labels.clone()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, runs nothing
+                self.step(self.images, self.labels)
+        if self.graph is not None and images.shape == self.images.shape:
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            self.graph.replay()
+            return
+        self.warm_up = max(0, self.warm_up - 1)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # as the recording will, away from the default stream
+            self.step(images, labels)
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+
 def clock(run: Settings) -> float:
     """Seconds, with the device's work done."""
     if run.device.type == "cuda":
@@ -503,23 +553,25 @@ def clock(run: Settings) -> float:
 class Progress:
     """Shows a run as it goes: in place in a notebook, as a line per epoch in a script.
 
-    The report every 25 iterations shows totals that were copied on their way 25 iterations ago,
-    so it never waits for the device; in a notebook it is drawn every two seconds at most.
+    The report every 25 iterations shows totals that were copied on their way at the report before,
+    so it never waits for the device; it is drawn every two seconds at most.
     """
 
     def __init__(self, epochs: int, steps: int, run: Settings):
         self.epochs, self.steps = epochs, steps
         self.totals = torch.zeros(3, dtype=torch.float64, pin_memory=run.device.type == "cuda")
         self.copied = torch.cuda.Event() if run.device.type == "cuda" else None
-        self.display, self.shown = None, 0.0
+        self.place, self.display, self.shown = None, None, 0.0
 
     def step(self, epoch: int, step: int, totals: Tensor) -> None:
         """Every 25 iterations: mean loss and accuracy of the epoch so far."""
-        if self.copied is None or self.copied.query():
+        arrived = self.copied is None or self.copied.query()
+        if self.place and arrived and time.perf_counter() - self.shown > 2:
             loss, correct, count = self.totals.tolist()
-            if count and time.perf_counter() - self.shown > 2:
-                line = f"step {step}/{self.steps}, loss {loss / count:.4f}"
-                self._show(f"epoch {epoch}/{self.epochs}: {line}", final=False)
+            scores = f"loss {loss / count:.4f}, training {100 * correct / count:.2f}%"
+            at = f"epoch {self.place[0]}/{self.epochs}, step {self.place[1]}/{self.steps}"
+            self._show(f"{at}: {scores}", final=False)
+        self.place = epoch, step
         self.totals.copy_(totals, non_blocking=True)
         if self.copied is not None:
             self.copied.record()

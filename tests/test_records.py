@@ -51,7 +51,7 @@ def test_a_record_gives_way_only_to_as_many_epochs(recorded, tmp_path, capsys):
     history = recorded["history"] * 3
     report.save_record({**recorded, "epochs": 3, "history": history, "seed": 1}, folder)
     report.save_record({**recorded, "epochs": 2, "seed": 2}, folder)
-    assert "kept the earlier record of 3 epochs" in capsys.readouterr().out
+    assert "keeps its record of mnist over 3 epochs" in capsys.readouterr().out
     assert report.load_records(folder)[0]["seed"] == 1
     report.save_record({**recorded, "epochs": 3, "history": history, "seed": 3}, folder)
     report.save_record({**recorded, "run": "cifar10"}, folder)
@@ -72,6 +72,30 @@ def test_a_figure_is_drawn_from_its_record_alone(recorded):
 
 
 def test_the_summary_compares_full_runs_with_the_write_up(recorded):
-    line = report.summary([{**recorded, "source": "full", "final_accuracy": 99.0}]).splitlines()[1]
-    assert "93.72" in line and "+5.28" in line.replace("+5.27", "+5.28")
+    better = {**recorded, "source": "full", "final_accuracy": 99.725}
+    assert report.summary([better]).splitlines()[1].split()[-2:] == ["93.72", "+6.00"]
     assert report.summary([recorded]).splitlines()[1].split()[-2:] == ["-", "-"]
+
+
+def test_figures_are_drawn_again_from_the_results(recorded, tmp_path):
+    folder = tmp_path / "figures" / "quick"
+    before = (folder / "mnist.png").read_bytes()
+    (folder / "mnist.png").unlink()
+    report.redraw(folder)
+    assert (folder / "mnist.png").read_bytes() == before
+
+
+def test_pictures_of_odd_data_sets(monkeypatch):
+    """No mistakes, a class with one example, a class with none, 25 classes, ignored pixels."""
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    few = utils.Dataset("few", "own", images, torch.tensor([0, 0, 2, 2, 3]), tuple("abcd"))
+    report.show_classes(few)
+    report.show_mistakes(few, few.labels, torch.ones(5))
+    maps = torch.arange(5)[:, None, None].repeat(1, 8, 8) * 5 + torch.arange(8) % 5
+    maps[0, 0, 0] = utils.IGNORE
+    names = tuple(f"class {c}" for c in range(25))
+    report.show_scenes(utils.Dataset("many", "own", images, maps, names), {"label": maps}, count=3)
+    assert len(shown) == 2
+    plt.close("all")

@@ -1,0 +1,133 @@
+"""What makes training fast changes nothing but the time: each speed-up against doing without it."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import utils
+
+
+@pytest.fixture(scope="module")
+def digits():
+    quick = utils.settings(environ={"PROFILE": "quick"})
+    training, test = utils.load_mnist(quick)
+    return training, test
+
+
+def losses(run, model, digits, epochs=2, loader=None, fused=True, channels_last=True):
+    """The losses of a small model's epochs, with a speed-up or without."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    torch.manual_seed(0)
+    model = model(4).to(memory_format=layout)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, fused=fused)
+    training = digits[0].subset(torch.arange(0, 4000, 4))
+    batches = loader or utils.Batches(training, 50, run)
+    validation = utils.Batches(digits[1], 500, run)
+    history = utils.train(model, optimizer, batches, validation, epochs, run)
+    return [e.loss for e in history]
+
+
+def test_batches_made_on_the_device(run, classification, digits):
+    training = digits[0].subset(torch.arange(0, 4000, 4))
+    mean, std = training.statistics()
+    images = (training.images.float() / 255 - mean[0]) / std[0]
+    loader = DataLoader(TensorDataset(images, training.labels), batch_size=50)
+    model = classification.MnistCNN
+    ours, theirs = losses(run, model, digits), losses(run, model, digits, loader=loader)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_channels_last(run, classification, digits):
+    model = classification.MnistCNN
+    plain = losses(run, model, digits, channels_last=False)
+    assert losses(run, model, digits) == pytest.approx(plain, rel=1e-3)
+
+
+def test_fused_optimiser(run, classification, digits):
+    model = classification.MnistCNN
+    assert losses(run, model, digits) == pytest.approx(
+        losses(run, model, digits, fused=False), rel=1e-3
+    )
+
+
+def test_bfloat16_reaches_the_same_loss(run, classification, digits):
+    reduced = dataclasses.replace(run, precision=torch.bfloat16)
+    model = classification.MnistCNN
+    exact = losses(run, model, digits)
+    rounded = losses(reduced, model, digits)
+    assert rounded == pytest.approx(exact, rel=0.05)
+    assert rounded != exact  # it was really used
+
+
+def test_large_batches_score_as_small_ones_do(run, classification, digits):
+    torch.manual_seed(0)
+    model = classification.MnistCNN(4)
+    scores = {
+        utils.test(model, utils.Batches(digits[1], size, run), run) for size in (16, 128, 1000)
+    }
+    assert len(scores) == 1
+
+
+def test_bfloat16_costs_at_most_three_tenths_of_a_point(run, classification, digits):
+    """Mean over five seeds, on the sample's 1,000 test digits."""
+    accuracy = {torch.float32: [], torch.bfloat16: []}
+    for precision, scores in accuracy.items():
+        settings = dataclasses.replace(run, precision=precision)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            model = classification.MnistCNN(8).to(memory_format=torch.channels_last)
+            optimizer = torch.optim.AdamW(model.parameters(), 3e-3, fused=True)
+            batches = utils.Batches(digits[0], 64, settings, shuffle=True, seed=seed)
+            validation = utils.Batches(digits[1], 500, settings, digits[0].statistics())
+            schedule = utils.one_cycle(optimizer, batches, 5, 3e-3)
+            history = utils.train(model, optimizer, batches, validation, 5, settings, schedule)
+            scores.append(history[-1].validation_accuracy)
+    exact, reduced = (sum(scores) / 5 for scores in accuracy.values())
+    assert exact > 95
+    assert reduced >= exact - 0.3, accuracy
+
+
+def test_a_captured_step_sees_every_batch(monkeypatch):
+    """The recording's bookkeeping, with a graph that replays on the CPU: not a test of CUDA."""
+    seen, tape = [], []
+
+    class Graph:
+        def replay(self):
+            images, labels = tape[-1]
+            seen.append((images.clone(), labels.clone()))
+
+    @contextlib.contextmanager
+    def recording(graph):
+        tape.append(None)
+        yield
+
+    def step(images, labels):
+        if tape and tape[-1] is None:
+            tape[-1] = images, labels  # recorded, not run
+        else:
+            seen.append((images.clone(), labels.clone()))
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    captured = utils.CapturedStep(step, optimizer)
+    batches = [(torch.full((4, 1), n), torch.full((4,), n)) for n in range(8)]
+    batches.insert(6, (torch.full((2, 1), 99), torch.full((2,), 99)))  # a short one
+    for batch in batches:
+        captured(*batch)
+    assert len(tape) == 1 and len(seen) == len(batches)
+    for (images, labels), (x, y) in zip(seen, batches, strict=True):
+        assert torch.equal(images, x) and torch.equal(labels, y)
+    group = optimizer.param_groups[0]
+    assert isinstance(group["lr"], torch.Tensor) and group["capturable"]
