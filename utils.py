@@ -99,6 +99,7 @@ def settings(
     if cap is not None and not (cap.isdecimal() and int(cap) > 0):
         raise UsageError(f"EPOCHS is {cap!r}: set it to a whole number from 1 up, or leave it out.")
     data_dir = Path(environ.get("DATA_DIR") or ROOT / "data").expanduser().resolve()
+    torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     precision = precision or best_precision(device)

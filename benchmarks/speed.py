@@ -3,7 +3,8 @@
 A is the recipe as most people write it: a torchvision data set with ToTensor and Normalize, a
 DataLoader, float32, SGD, `.item()` at every step. B is what the notebooks run: `utils.Batches` and
 `utils.train`. The sides take turns, A B A B, after a warm-up round that is not counted; the table
-shows medians over the rounds, and the lowest and highest ratio of any round.
+shows medians over the rounds, and the lowest and highest ratio of any round. For the time to a
+score, B may be any model of the notebooks, of any width; the table says which.
 
     python benchmarks/speed.py --json benchmarks/speed.json    # the full data, all of it
     python benchmarks/speed.py --quick                         # the samples, under two minutes
@@ -350,6 +351,37 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def brief(rows: list[dict]) -> str:
+    """How many times as fast B is, a line a model: the table of the README."""
+    measures = {
+        "training": "training",
+        "evaluation": "evaluation",
+        "input alone": "input alone, neither",
+        "the same, flipped and moved": "input alone, flipped",
+    }
+    lines = [f"| B over A | {' | '.join(measures)} | input's share of a step, A | B |"]
+    lines.append("| --- |" + " --: |" * (len(measures) + 2))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = {row["metric"]: row for row in rows if row["model"] == model}
+        ratios = [
+            next(found[m] for m in found if m.startswith(start)) for start in measures.values()
+        ]
+        share = found["input's share of a step, %"]
+        cells = [f"{row['ratio']:.3g}" for row in ratios] + [f"{share[s]:.2g}%" for s in "ab"]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| time to a score | A | B | A over B | B is |",
+        "| --- | --: | --: | --: | --- |",
+    ]
+    for row in (row for row in rows if "b_is" in row):
+        a, b = ("not reached" if row[s] is None else f"{row[s]:.0f} s" for s in "ab")
+        times = f"{1 / row['ratio']:.3g}" if row["ratio"] else "-"
+        score = row["metric"].removeprefix("time to ").removesuffix(", s")
+        lines.append(f"| {row['model']}: {score} | {a} | {b} | {times} | {row['b_is']} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="samples, width 16, three rounds")
@@ -358,29 +390,40 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=2400, help="seconds that A may train for a score"
     )
+    parser.add_argument("--only", metavar="MODEL", help="measure one model, keep FILE's other rows")
     options = parser.parse_args()
     profile = "quick" if options.quick else "full"
     run = utils.settings(environ={**os.environ, "PROFILE": profile})
     print(run, flush=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     rows, found = [], tasks(run, 16 if options.quick else 64)
     for task in found.values():
+        if options.only not in (None, task.name):
+            continue
         rows += throughput(task, run, 3 if options.quick else options.rounds)
         print(f"{task.name}: measured", flush=True)
-    if not options.quick:
+    if not options.quick and not options.only:
         mnist, cifar = found["mnist"], found["cifar10"]
         small = replace(mnist, name="MnistCNN(16)", width=16, batch_size=128, peak=4e-3)
         rows += time_to_score(mnist, {93.76: (small, 1)}, run, options.budget)
         small = replace(cifar, name="CifarResNet(32)", width=32, peak=3e-3, moved=False)
         goals = {70.0: (small, 3), 76.83: (small, 6)}
         rows += time_to_score(cifar, goals, run, options.budget)
+    rows = [dict(row, date=now) for row in rows]
+    if options.only and options.json:
+        again = {(row["model"], row["metric"]) for row in rows}
+        kept = json.loads(options.json.read_text())["rows"]
+        kept = [row for row in kept if (row["model"], row["metric"]) not in again]
+        rows = [*rows, *kept]
     print(table(rows))
+    print(brief(rows))
     if options.json:
         machine = dict(
             hardware=utils.hardware_name(run.device),
             precision=utils.dtype_name(run.precision),
             torch=torch.__version__,
             data=sorted({f"{t.training.name} ({t.training.source})" for t in found.values()}),
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            date=now,
         )
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 

@@ -1,0 +1,77 @@
+"""The benchmark runs, and the README's table is the one that its last full run gives. No timing."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import utils
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import speed  # noqa: E402
+
+
+def small_tasks(run):
+    """Every model of the benchmark, on few images and at width 2."""
+    few = torch.arange(0, 300, 10)
+    for task in speed.tasks(run, width=2).values():
+        parts = dict(training=task.training.subset(few), validation=task.validation.subset(few))
+        yield dataclasses.replace(task, batch_size=10, **parts)
+
+
+def test_both_sides_are_measured_for_every_model(run, monkeypatch):
+    monkeypatch.setattr(speed, "STEPS", {})  # four steps each
+    for task in small_tasks(run):
+        rows = speed.throughput(task, run, rounds=1)
+        metrics = [row["metric"].split(",")[0] for row in rows]
+        assert metrics[:3] == ["training", "evaluation", "input alone"]
+        assert {row["model"] for row in rows} == {task.name}
+        for row in rows:
+            assert row["a"] >= 0 and row["b"] >= 0 and row["rounds"] == 1
+
+
+def test_time_to_score_counts_the_epochs_up_to_the_score(run, monkeypatch):
+    task = next(small_tasks(run))
+    seconds, scores = iter([10.0, 10.0, 10.0]), iter([20.0, 55.0, 80.0])
+    monkeypatch.setattr(speed.Plain, "train", lambda self: next(seconds))
+    monkeypatch.setattr(speed.Plain, "test", lambda self: next(scores))
+    epochs = [utils.Epoch(n, 2.0, 1.0, 50.0, 30.0 * n, 0.1) for n in (1, 2, 3)]
+    monkeypatch.setattr(speed.Ours, "fit", lambda self, count, validation: epochs[:count])
+    goals = {50.0: (task, 2), 75.0: (task, 3), 99.0: (task, 3)}
+    rows = speed.time_to_score(task, goals, run, budget=25)
+    assert [(row["a"], row["b"], row["ratio"]) for row in rows] == [
+        (20.0, 4.0, 0.2),
+        (30.0, 6.0, 0.2),
+        (None, None, None),
+    ]
+
+
+def test_both_sides_see_the_same_images(run):
+    """Without moves, A's images are B's but for the rounding of float32."""
+    task = next(small_tasks(run))
+    plain = speed.PlainData(task.training, task.training.statistics())
+    ours = utils.Batches(task.training, len(task.training), run)
+    images, labels = next(iter(ours))
+    for index, (image, label) in enumerate(plain):
+        torch.testing.assert_close(images[index], image, atol=1e-5, rtol=1e-5)
+        assert labels[index] == label
+        if index == len(plain) - 1:
+            break
+
+
+def test_the_readme_shows_the_last_full_run():
+    saved = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert speed.brief(saved["rows"]) in readme
+    for fact in ("hardware", "torch"):
+        assert saved["machine"][fact] in readme
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "segmentation-4"])
+def test_the_saved_run_is_a_full_one(name):
+    saved = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
+    rows = [row for row in saved["rows"] if row["model"] == name and "b_is" not in row]
+    assert len(rows) >= 5 and all(row["rounds"] >= 5 or "memory" in row["metric"] for row in rows)
