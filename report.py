@@ -256,7 +256,7 @@ def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> Non
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, title in zip(grid.flat, images, titles, strict=False):
-        axes.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray")
+        axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         axes.set_title(title, fontsize=7)
     plt.show()
 
