@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +20,8 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import ROOT, Batches, Dataset, Epoch, Settings, dtype_name, hardware_name
+from files import UsageError, write_whole
+from utils import NOT_PUBLISHED, ROOT, Batches, Dataset, History, Settings, dtype_name
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
 WRITE_UP = {
@@ -101,7 +100,7 @@ def record_run(
     schedule,
     batches: Batches,
     validation: Batches,
-    history: Sequence[Epoch],
+    history: History,
     official_test_accuracy: float,
     seed: int,
 ) -> dict:
@@ -109,6 +108,8 @@ def record_run(
 
     A record gives way only to one of at least as many epochs. Returns the new record.
     """
+    if not history:
+        raise UsageError(f"{name}: no epoch was trained to its end, so there is nothing to record.")
     best = max(history, key=lambda e: e.validation_accuracy)
     group, data = optimizer.defaults, batches.dataset
     settings_of = {
@@ -134,12 +135,9 @@ def record_run(
         optimizer=f"{type(optimizer).__name__} {settings_of}",
         schedule="constant" if schedule is None else type(schedule).__name__,
         augmentation=f"flip {batches.flip}, shift {batches.shift}",
-        device=hardware_name(run.device),
         precision=dtype_name(run.precision),
-        torch=torch.__version__,
         seed=seed,
-        commit=_commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **history.made,
         history=[e._asdict() for e in history],
     )
     save_record(record, run.figures)
@@ -157,9 +155,7 @@ def save_record(record: dict, folder: Path) -> None:
         return
     records[record["run"]] = record
     text = json.dumps([records[name] for name in sorted(records)], indent=1)
-    partial = folder / "results.json.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(folder / "results.json")
+    write_whole(folder / "results.json", f"{text}\n".encode())
     figure.savefig(folder / f"{record['run']}.png", dpi=120)
 
 
@@ -213,8 +209,9 @@ def duration(seconds: float) -> str:
 
 
 def write_up(record: dict) -> dict | None:
-    """The write-up's facts for a record's run; None for a sample, which compares with nothing."""
-    return None if "sample" in record["source"] else WRITE_UP.get(record["run"])
+    """The write-up's facts for a record's run; None for other data, which compares with nothing."""
+    other = record["source"] in ("sample", "own", NOT_PUBLISHED)
+    return None if other else WRITE_UP.get(record["run"])
 
 
 def summary(records: Sequence[dict]) -> str:
@@ -232,16 +229,6 @@ def summary(records: Sequence[dict]) -> str:
             + (f"{old['final']:>12.2f}{final - old['final']:>+12.2f}" if old else f"{'-':>12}" * 2)
         )
     return "\n".join(lines)
-
-
-def _commit() -> str:
-    """The commit this checkout is at, with -dirty where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return answer.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # ------------------------------------------------------------------------------------ pictures

@@ -4,7 +4,8 @@
                -> test(), test_pixels()
 
 Images are uint8 until a batch is made; accuracies are percentages; times are seconds. What a run
-leaves behind (record, figure, pictures) is report.py's, the quick profile's data is samples.py's.
+leaves behind (record, figure, pictures) is report.py's, the quick profile's data is samples.py's,
+downloads and damaged files are files.py's business, interrupted runs are checkpoints.py's.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,17 +30,15 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import files
+from checkpoints import Checkpoint, facts_of, guarded, out_of_memory
+from files import UsageError
+
 ROOT = Path(__file__).resolve().parent
 DIGITS = tuple("0123456789")
 IGNORE = 255  # the label of a pixel that neither the loss nor a score counts
+NOT_PUBLISHED = "not the published files"  # the source of another data set in MNIST's files
 REPORT_EVERY = 25  # iterations between two reports, as in the write-up
-
-
-class UsageError(Exception):
-    """Something the user can put right; its message is one sentence that says what and how."""
-
-    def _render_traceback_(self) -> list[str]:  # what Jupyter shows in place of a traceback
-        return [f"{type(self).__name__}: {self}"]
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -48,6 +50,7 @@ class Settings:
 
     profile: str  # "full" (the write-up's data and epochs) or "quick" (samples, minutes on a CPU)
     data_dir: Path
+    checkpoint_dir: Path
     epochs_cap: int | None
     device: torch.device
     precision: torch.dtype  # of the matrix products; weights and sums stay float32
@@ -65,6 +68,10 @@ class Settings:
     def figures(self) -> Path:
         """Where pictures and results go: a quick run never touches what a full run made."""
         return ROOT / "figures" / self.pick("", "quick")
+
+    def checkpoint(self, name: str, resume: bool = True) -> Checkpoint:
+        """Where a run keeps its state, for `train`; without `resume` it starts anew."""
+        return Checkpoint(self.checkpoint_dir / self.pick("", "quick") / f"{name}.pt", resume)
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""
@@ -90,7 +97,7 @@ def settings(
     graphs: bool = False,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """Read PROFILE, EPOCHS and DATA_DIR from the environment; choose device and precision."""
+    """Read PROFILE, EPOCHS, DATA_DIR and CHECKPOINT_DIR; choose device and precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     profile = environ.get("PROFILE") or ("full" if device.type == "cuda" else "quick")
     if profile not in ("full", "quick"):
@@ -98,13 +105,17 @@ def settings(
     cap = environ.get("EPOCHS") or None
     if cap is not None and not (cap.isdecimal() and int(cap) > 0):
         raise UsageError(f"EPOCHS is {cap!r}: set it to a whole number from 1 up, or leave it out.")
-    data_dir = Path(environ.get("DATA_DIR") or ROOT / "data").expanduser().resolve()
+    data_dir, checkpoint_dir = (
+        Path(environ.get(name) or ROOT / default).expanduser().resolve()
+        for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints"))
+    )
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     precision = precision or best_precision(device)
     graphs = graphs and device.type == "cuda"
-    return Settings(profile, data_dir, int(cap) if cap else None, device, precision, graphs)
+    cap = int(cap) if cap else None
+    return Settings(profile, data_dir, checkpoint_dir, cap, device, precision, graphs)
 
 
 def best_precision(device: torch.device) -> torch.dtype:
@@ -132,6 +143,17 @@ def hardware_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+@cache
+def commit() -> str:
+    """The commit this checkout is at, with -dirty where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return answer.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -177,6 +199,8 @@ class Dataset:
             refuse(f"labels must be one per image or one per pixel, not {got}")
         if self.labels.is_floating_point() or self.labels.dtype == torch.bool:
             refuse(f"labels must be whole numbers, not {dtype_name(self.labels.dtype)}")
+        if len(self.classes) < 2:
+            refuse(f"there is one class only ({', '.join(self.classes)}), so nothing to tell apart")
         wrong = (self.labels < 0) | (self.labels >= len(self.classes)) & (self.labels != IGNORE)
         if wrong.any():
             first, limit = self.labels[wrong][0].item(), len(self.classes) - 1
@@ -184,6 +208,13 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The start of a SHA-256 over images and labels."""
+        digest = sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.contiguous().numpy())
+        return digest.hexdigest()[:16]
 
     def subset(self, index: Tensor) -> Dataset:
         """The examples at `index`, int64 (M)."""
@@ -227,10 +258,12 @@ def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
         import samples  # only here: the full profile needs none of its packages
 
         return samples.load_digits()
-    if not all((run.data_dir / "MNIST" / "raw" / name).exists() for name in _MNIST_FILES):
-        _download(run.data_dir, "MNIST", torchvision.datasets.MNIST)
+    folder = run.data_dir / "MNIST" / "raw"
+    if not all((folder / name).exists() for name in files.MNIST_FILES):
+        files.fetch("MNIST", run.data_dir)
+    source = "full" if files.check_mnist(folder) else NOT_PUBLISHED
     parts = [torchvision.datasets.MNIST(run.data_dir, train) for train in (True, False)]
-    return tuple(Dataset("MNIST", "full", p.data[:, None], p.targets, DIGITS) for p in parts)
+    return tuple(Dataset("MNIST", source, p.data[:, None], p.targets, DIGITS) for p in parts)
 
 
 def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
@@ -247,7 +280,8 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     if all(folder.is_dir() for folder in folders):
         return tuple(load_folder(folder, "CIFAR-10") for folder in folders)
     if not (run.data_dir / "cifar-10-batches-py").is_dir():
-        _download(run.data_dir, "CIFAR-10", torchvision.datasets.CIFAR10)
+        files.fetch("CIFAR-10", run.data_dir)
+    files.check_cifar10(run.data_dir / "cifar-10-batches-py")
     parts = [torchvision.datasets.CIFAR10(run.data_dir, train) for train in (True, False)]
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     return tuple(
@@ -256,20 +290,74 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     )
 
 
-def load_folder(folder: Path, name: str) -> Dataset:
+def load_folder(folder: Path, name: str, skip_unreadable: bool = False) -> Dataset:
     """Images of one size, in one folder per class; `source` tells JPEGs from other files."""
-    files = torchvision.datasets.ImageFolder(folder)
-    paths = [path for path, _ in files.samples]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        images = list(pool.map(lambda path: np.asarray(files.loader(path)), paths))
+    try:
+        found = torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:  # no folder, no class in it, or nothing in a class
+        raise UsageError(f"{folder} needs a folder of images for each class: {error}.") from None
+    paths, labels = [Path(path) for path, _ in found.samples], torch.tensor(found.targets)
+    images, kept = files.read_images(paths, skip_unreadable=skip_unreadable)
+    jpeg = any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths)
+    source = "JPEG copy" if jpeg else "PNG folders"
+    return Dataset(
+        name, source, _stack(images, [paths[k] for k in kept]), labels[kept], tuple(found.classes)
+    )
+
+
+def load_pairs(images: Path, masks: Path, name: str, classes: Sequence[str]) -> Dataset:
+    """Images and their label maps, of one size, from two folders: matched by stem.
+
+    A mask's pixels are class indices, or a palette's; 255 is ignored.
+    """
+    paths = []
+    for folder in (Path(images), Path(masks)):
+        found = sorted(path for path in folder.glob("*") if path.is_file())
+        paths.append({path.stem: path for path in found})
+        if not found:
+            raise UsageError(f"{folder} is empty or not there: it needs an image for each scene.")
+        if len(paths[-1]) < len(found):
+            raise UsageError(f"{folder} has two files of one name, apart from their endings.")
+    alone = sorted(set(paths[0]) ^ set(paths[1]))
+    if alone:
+        counts = f"{len(paths[0])} images in {images}, {len(paths[1])} masks in {masks}"
+        more = f", nor have {len(alone) - 1} more" if len(alone) > 1 else ""
+        raise UsageError(f"{counts}: {alone[0]} has no counterpart{more}.")
+    pictures, maps = ([part[stem] for stem in sorted(part)] for part in paths)
+    pixels = files.read_images(pictures)[0]
+    labels = files.read_images(maps, mode=None)[0]
+    for path, label, pixel in zip(maps, labels, pixels, strict=True):
+        if label.dtype != np.uint8 or label.shape != pixel.shape[:2]:
+            need = f"{pixel.shape[1]}x{pixel.shape[0]} class indices of one byte, as its image has"
+            has = f"{'x'.join(map(str, label.shape[1::-1]))} of {label.dtype}, {label.ndim} axes"
+            raise UsageError(f"{path} must be {need}, not {has}.")
+    labels = _stack([label[:, :, None] for label in labels], maps)[:, 0]
+    return Dataset(name, "own", _stack(pixels, pictures), labels, tuple(classes))
+
+
+def load_npz(path: Path, name: str, classes: Sequence[str]) -> Dataset:
+    """A file's `images`, uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), and `labels`, integers."""
+    images, labels = files.read_npz(path, ["images", "labels"])
+    if images.dtype != np.uint8 or labels.dtype.kind not in "iu":
+        got = f"{images.dtype} and {labels.dtype}"
+        raise UsageError(f"{path}: images must be uint8 and labels whole numbers, not {got}.")
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] > 4 and images.shape[3] in (1, 3, 4):
+        images = images.permute(0, 3, 1, 2)
+    return Dataset(name, "own", images.contiguous(), labels, tuple(classes))
+
+
+def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> Tensor:
+    """Images (H, W, C) of one size as (N, C, H, W)."""
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             first, other = ("x".join(map(str, i.shape[1::-1])) for i in (images[0], image))
             raise UsageError(f"{path} is {other} but {paths[0]} is {first}: give all one size.")
-    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    jpeg = any(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
-    source = "JPEG copy" if jpeg else "PNG folders"
-    return Dataset(name, source, images, torch.tensor(files.targets), tuple(files.classes))
+    if len(images) == 0:
+        raise UsageError("No image could be read.")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
@@ -309,35 +397,9 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
         inked = ink[:, 0] > 0.5
         labels[here, rows, columns] = torch.where(inked, number, labels[here, rows, columns])
     classes = tuple(f"digit {name}" for name in digits.classes) + backgrounds.classes
-    source = backgrounds.source  # MNIST comes in one kind only
+    other = digits.source == NOT_PUBLISHED
+    source = digits.source if other else backgrounds.source  # MNIST itself comes in one kind only
     return Dataset("MNIST-on-CIFAR-10", source, images, labels, classes, backgrounds.groups)
-
-
-_MNIST_FILES = [
-    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-]
-
-
-def _download(data_dir: Path, name: str, fetch) -> None:
-    """Let torchvision fetch a data set into data_dir, or say what to do without it."""
-    layout = {"MNIST": "MNIST/raw/", "CIFAR-10": "cifar-10-batches-py/ or cifar10/{train,test}/"}
-    way_out = f"put its files under {layout[name]} there, or set PROFILE=quick for the sample data"
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(data_dir, os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(
-            f"DATA_DIR {data_dir} cannot be written ({reason}) and holds no {name}: name another "
-            f"folder, {way_out}."
-        ) from None
-    try:
-        fetch(data_dir, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(
-            f"{name} is not in {data_dir} and could not be downloaded ({error}): {way_out}."
-        ) from None
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -377,14 +439,20 @@ class Batches:
         # pixels in rows, so that one index_select cuts, shifts and flips, and gives channels_last
         self.pixels = dataset.images.permute(0, 2, 3, 1).contiguous().to(run.device)
         self.labels = dataset.labels.contiguous().to(run.device)
-        mean, std = statistics or dataset.statistics()
-        mean, std = torch.tensor(mean), torch.tensor(std).clamp(min=1 / 255)  # of even images, too
+        self.mean, self.std = statistics or dataset.statistics()
+        mean = torch.tensor(self.mean)
+        std = torch.tensor(self.std).clamp(min=1 / 255)  # of even images, too
         image = self.pixels.new_ones(self.pixels.shape[1:], dtype=torch.float32)
         self.scale = image / (255 * std).to(run.device)  # (H, W, C), so that no product broadcasts
         self.offset = image * (-mean / std).to(run.device)
 
     def __len__(self) -> int:
         return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __str__(self) -> str:
+        draws = f"shuffle {self.shuffle}, flip {self.flip}, shift {self.shift}, seed {self.seed}"
+        facts = f"batches of {self.batch_size}, {draws}, mean {self.mean}, std {self.std}"
+        return f"{self.dataset}, SHA-256 {self.dataset.fingerprint}\n{facts}"
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next pass draws."""
@@ -441,6 +509,23 @@ class Epoch(NamedTuple):
     validation_seconds: float
 
 
+class History(list):
+    """The epochs of a run, and `made`: the device, torch, commit and date that made them."""
+
+    def __init__(self, epochs: Iterable[Sequence] = (), made: Mapping[str, str] | None = None):
+        super().__init__(Epoch(*epoch) for epoch in epochs)
+        self.made = dict(made or {})
+
+    def add(self, epoch: Epoch, run: Settings) -> None:
+        """Append an epoch that was trained here and now."""
+        self.append(epoch)
+        device = hardware_name(run.device)
+        if (before := self.made.get("device")) is not None:
+            device = before if before.endswith(device) else f"{before}, then {device}"
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.made = dict(device=device, torch=str(torch.__version__), commit=commit(), date=now)
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -450,16 +535,26 @@ def train(
     run: Settings,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     loss_function=F.cross_entropy,
-) -> list[Epoch]:
+    checkpoint: Checkpoint | None = None,
+    patience: int | None = None,
+) -> History:
     """Train for `epochs` passes over `batches` and score `validation` after each.
 
     `batches` are `Batches`, or any iterable with a length that yields (images, labels), a torch
     DataLoader say; `schedule` steps after every batch. Losses and counts stay on the device until
     the epoch ends, and each is weighted by examples, so a short last batch counts for what it is.
+    With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
+    best validation accuracy is that many epochs old. Ctrl-C ends it after the last whole epoch.
     """
-    history, progress = [], Progress(epochs, len(batches), run)
+    classes = check_fit(model, batches, run)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
-    totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, correct, labels
+    totals = torch.zeros(4, dtype=torch.float64, device=run.device)  # see _tally
+    history, progress = History(), Progress(epochs, len(batches), run)
+    if checkpoint:
+        parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
+        others = dict(batches=batches, validation=validation, precision=run.precision)
+        facts = facts_of(**parts, loss=loss_function, epochs=epochs, **others)
+        history = History(*checkpoint.start(parts, facts))
 
     def step(images: Tensor, labels: Tensor) -> None:
         with run.autocast():
@@ -469,36 +564,99 @@ def train(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        totals.add_(_tally(logits, labels, loss))
+        _tally(totals, logits, labels, loss)
 
     if run.graphs and not scaler.is_enabled():
         step = CapturedStep(step, optimizer)
-    for epoch in range(1, epochs + 1):
-        model.train()
-        if hasattr(batches, "set_epoch"):
-            batches.set_epoch(epoch)
-        totals.zero_()
-        started = clock(run)
-        for number, (images, labels) in enumerate(batches, start=1):
-            step(images.to(run.device), labels.to(run.device))
-            if schedule is not None:
-                schedule.step()
-            if number % REPORT_EVERY == 0:
-                progress.step(epoch, number, totals)
-        seconds = clock(run) - started
-        score = test(model, validation, run)
-        loss_sum, correct, count = totals.tolist()
-        scores = loss_sum / count, 100 * correct / count, score
-        history.append(Epoch(epoch, seconds, *scores, clock(run) - started - seconds))
-        progress.epoch(history[-1])
+    with guarded(history, optimizer, getattr(batches, "batch_size", None), checkpoint):
+        for epoch in range(len(history) + 1, epochs + 1):
+            if plateaued(history, patience):
+                break
+            model.train()
+            if hasattr(batches, "set_epoch"):
+                batches.set_epoch(epoch)
+            totals.zero_()
+            started = clock(run)
+            for number, (images, labels) in enumerate(_on_device(batches, classes, run), start=1):
+                step(images, labels)
+                if schedule is not None:
+                    schedule.step()
+                if number % REPORT_EVERY == 0:
+                    progress.step(epoch, number, totals)
+            seconds = clock(run) - started
+            require_finite(epoch, number, totals, model)
+            score = test(model, validation, run)
+            loss_sum, correct, count, _ = totals.tolist()
+            scores = loss_sum / count, 100 * correct / count, score
+            history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
+            progress.epoch(history[-1])
+            if checkpoint:
+                checkpoint.save(history, history.made, images[:2])
     return history
 
 
-def _tally(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """(loss summed over the labels, correct labels, labels), float64 (3), on the device."""
+def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
+    """How many classes the model scores; data that it can't be trained on is refused."""
+    name, dataset = type(model).__name__, getattr(batches, "dataset", None)
+    if len(batches) == 0:
+        raise UsageError("There are no batches to train on.")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a DataLoader draws from it
+        images, labels = next(iter(batches))
+        try:
+            logits = model.eval()(images[:2].to(run.device).float())
+        except (RuntimeError, ValueError) as error:
+            shape = tuple(images.shape[1:])
+            raise UsageError(f"{name} can't take images of shape {shape}: {error}.") from None
+    if logits.ndim < 2 or (len(logits), *logits.shape[2:]) != labels[:2].shape:
+        given, needed = tuple(logits.shape[1:]), tuple(labels.shape[1:])
+        raise UsageError(
+            f"{name} gives scores of shape {given} for an image, where a label's shape is {needed}"
+            f": it should give (classes{''.join(f', {side}' for side in needed)})."
+        )
+    if isinstance(dataset, Dataset) and logits.shape[1] < len(dataset.classes):
+        has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
+        raise UsageError(f"{name} gives scores for {has}: make its last layer that wide.")
+    return logits.shape[1]
+
+
+def _on_device(batches: Iterable, classes: int, run: Settings):
+    """Every batch on the device; those that are not `Batches` have their labels looked at."""
+    for images, labels in batches:
+        if not isinstance(batches, Batches):
+            wrong = (labels < 0) | (labels >= classes) & (labels != IGNORE)
+            if wrong.any():
+                first, count = labels[wrong][0].item(), int(wrong.sum())
+                where = f"out of range 0 to {classes - 1}, {first} for one"
+                raise UsageError(f"{count} labels of a batch are {where}.")
+        yield images.to(run.device), labels.to(run.device)
+
+
+def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
+    """Whether the best validation accuracy is `patience` epochs old."""
+    if not patience or not history:
+        return False
+    best = max(history, key=lambda e: e.validation_accuracy)
+    return len(history) - best.epoch >= patience
+
+
+def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | None = None) -> None:
+    """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite."""
+    finite = int(totals[3])
+    if finite < step:
+        raise FloatingPointError(f"The loss of epoch {epoch}, step {finite + 1} is not finite")
+    state = model.state_dict() if model else {}
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise FloatingPointError(f"After epoch {epoch}, step {step}, {name} is not finite")
+
+
+def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+    """Add to float64 (4), on the device: loss summed over the labels, correct labels, labels, and
+    steps for which that sum was finite, which stops counting at the first that was not."""
     counted = (labels != IGNORE).sum()
     correct = (logits.detach().argmax(1) == labels).sum()  # no class is called IGNORE
-    return torch.stack([loss.detach().double() * counted, correct, counted])
+    totals[:3].add_(torch.stack([loss.detach().double() * counted, correct, counted]))
+    totals[3:].add_(totals[:1].isfinite())
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float | Sequence):
@@ -555,20 +713,23 @@ class Progress:
     """Shows a run as it goes: in place in a notebook, as a line per epoch in a script.
 
     The report every 25 iterations shows totals that were copied on their way at the report before,
-    so it never waits for the device; it is drawn every two seconds at most.
+    so it never waits for the device; it is drawn every two seconds at most. A loss that is not
+    finite raises there.
     """
 
     def __init__(self, epochs: int, steps: int, run: Settings):
         self.epochs, self.steps = epochs, steps
-        self.totals = torch.zeros(3, dtype=torch.float64, pin_memory=run.device.type == "cuda")
+        self.totals = torch.zeros(4, dtype=torch.float64, pin_memory=run.device.type == "cuda")
         self.copied = torch.cuda.Event() if run.device.type == "cuda" else None
         self.place, self.display, self.shown = None, None, 0.0
 
     def step(self, epoch: int, step: int, totals: Tensor) -> None:
         """Every 25 iterations: mean loss and accuracy of the epoch so far."""
         arrived = self.copied is None or self.copied.query()
+        if self.place and arrived:
+            require_finite(*self.place, self.totals)
         if self.place and arrived and time.perf_counter() - self.shown > 2:
-            loss, correct, count = self.totals.tolist()
+            loss, correct, count, _ = self.totals.tolist()
             scores = f"loss {loss / count:.4f}, training {100 * correct / count:.2f}%"
             at = f"epoch {self.place[0]}/{self.epochs}, step {self.place[1]}/{self.steps}"
             self._show(f"{at}: {scores}", final=False)
@@ -609,17 +770,30 @@ def _in_notebook() -> bool:
 # -------------------------------------------------------------------------------------- scores
 
 
+def _outputs(model: nn.Module, batches: Iterable, run: Settings):
+    """(logits, labels) of every batch, on the device, from the model in evaluation mode."""
+    model.eval()
+    try:
+        for images, labels in batches:
+            with run.autocast():
+                logits = model(images.to(run.device))
+            yield logits, labels.to(run.device)
+    except (RuntimeError, MemoryError) as error:
+        problem = out_of_memory(error, getattr(batches, "batch_size", None))
+        if problem is None:
+            raise
+        raise UsageError(problem) from None
+
+
 @torch.inference_mode()
 def test(model: nn.Module, batches: Iterable, run: Settings) -> float:
     """Percentage of labels that the model gets right: of images, or of pixels for label maps."""
-    model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)  # correct, labels
-    for images, labels in batches:
-        labels = labels.to(run.device)
-        with run.autocast():
-            guess = model(images.to(run.device)).argmax(1)
-        counts += torch.stack([(guess == labels).sum(), (labels != IGNORE).sum()])
+    for logits, labels in _outputs(model, batches, run):
+        counts += torch.stack([(logits.argmax(1) == labels).sum(), (labels != IGNORE).sum()])
     correct, count = counts.tolist()
+    if count == 0:
+        raise UsageError("There is no label to score.")
     return 100 * correct / count
 
 
@@ -637,14 +811,10 @@ class PixelScores:
 @torch.inference_mode()
 def test_pixels(model: nn.Module, batches: Iterable, classes: int, run: Settings) -> PixelScores:
     """Every per-pixel score from one confusion matrix, counted on the device."""
-    model.eval()
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=run.device)
-    for images, labels in batches:
-        labels = labels.to(run.device)
-        with run.autocast():
-            guess = model(images.to(run.device)).argmax(1)
+    for logits, labels in _outputs(model, batches, run):
         counted = labels != IGNORE
-        pairs = labels[counted] * classes + guess[counted]
+        pairs = labels[counted] * classes + logits.argmax(1)[counted]
         confusion += torch.bincount(pairs, minlength=classes * classes)
     return pixel_scores(confusion.view(classes, classes).cpu())
 
@@ -663,11 +833,8 @@ def pixel_scores(confusion: Tensor) -> PixelScores:
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable, run: Settings) -> tuple[Tensor, Tensor]:
     """(class, its probability) for every label of unshuffled batches, on the CPU."""
-    model.eval()
     guesses, probabilities = [], []
-    for images, _ in batches:
-        with run.autocast():
-            logits = model(images.to(run.device))
+    for logits, _ in _outputs(model, batches, run):
         probability, guess = logits.float().softmax(1).max(1)
         guesses.append(guess.cpu())
         probabilities.append(probability.cpu())

@@ -1,7 +1,10 @@
-"""Small data sets on disk, and the models as the notebooks define them."""
+"""Small data sets on disk, the models as the notebooks define them, and the count of faults."""
 
+import collections
+import json
 import struct
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +23,33 @@ import utils  # noqa: E402
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
+class Tally(collections.Counter):
+    """Processes killed, inputs tried, faults injected, and what was lost by them."""
+
+    def add(self, kind, survived=True):
+        """Count one; where something was lost, count that too, and fail."""
+        self[kind] += 1
+        self["lost"] += not survived
+        assert survived, f"lost by {kind} {self[kind]}"
+
+
+@pytest.fixture(scope="session")
+def tally(request):
+    """The count of a run of `pytest -m faults`, which leaves it in figures/faults.json."""
+    counts = Tally(kills=0, inputs=0, faults=0, lost=0)
+    yield counts
+    if request.config.option.markexpr == "faults":
+        facts = dict(
+            machine=utils.hardware_name(torch.device("cpu")),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            commit=utils.commit(),
+            failed_tests=request.session.testsfailed,
+        )
+        text = json.dumps({**counts, **facts}, indent=1)
+        (ROOT / "figures").mkdir(exist_ok=True)
+        (ROOT / "figures" / "faults.json").write_text(text + "\n", encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def classification():
     return report.notebook_definitions("imageclassification.ipynb")
@@ -31,9 +61,10 @@ def segmentation():
 
 
 @pytest.fixture
-def run():
+def run(tmp_path):
     """Quick settings on the CPU in float32, whatever the machine has."""
-    return utils.Settings("quick", ROOT / "data", None, torch.device("cpu"), torch.float32)
+    folders = tmp_path / "data", tmp_path / "checkpoints"
+    return utils.Settings("quick", *folders, None, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")

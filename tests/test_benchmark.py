@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import utils
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import speed  # noqa: E402

@@ -3,12 +3,13 @@
 import dataclasses
 
 import pytest
+import requests
 import torch
-from conftest import CIFAR_CLASSES
 from PIL import Image
 
 import samples
 import utils
+from conftest import CIFAR_CLASSES
 
 
 def same_images(a, b):
@@ -198,7 +199,7 @@ def test_full_data_is_read_from_files(full_data, run):
     digits, digits_test = utils.load_mnist(full)
     assert digits.images.shape == (120, 1, 28, 28) and digits_test.images.shape == (40, 1, 28, 28)
     raw = (full_data / "MNIST/raw/train-images-idx3-ubyte").read_bytes()[16:]
-    assert digits.images.numpy().tobytes() == raw and digits.source == "full"
+    assert digits.images.numpy().tobytes() == raw and digits.source == utils.NOT_PUBLISHED
     images, images_test = utils.load_cifar10(full)
     assert images.images.shape == (100, 3, 32, 32) and images_test.images.shape == (40, 3, 32, 32)
     assert images.classes == tuple(CIFAR_CLASSES) and images.source == "PNG folders"
@@ -222,24 +223,27 @@ def test_folders_with_jpegs_are_called_a_jpeg_copy(tmp_path):
     assert utils.load_folder(tmp_path, "CIFAR-10").source == "JPEG copy"
 
 
-@pytest.mark.parametrize("load, files", [("mnist", "MNIST/raw/"), ("cifar10", "cifar10/")])
-def test_without_data_and_network_the_way_out_is_named(monkeypatch, tmp_path, run, load, files):
+@pytest.mark.parametrize(
+    "load, file", [("mnist", "t10k-labels-idx1-ubyte.gz"), ("cifar10", "cifar-10-python.tar.gz")]
+)
+def test_without_data_and_network_the_way_out_is_named(monkeypatch, tmp_path, run, load, file):
     def no_network(*args, **kwargs):
-        raise OSError("no route to host")
+        raise requests.ConnectionError("no route to host")
 
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("requests.get", no_network)
+    monkeypatch.setattr("files.PAUSE", 0.01)
     full = dataclasses.replace(run, profile="full", data_dir=tmp_path / "data")
     with pytest.raises(utils.UsageError) as refused:
         getattr(utils, f"load_{load}")(full)
     sentence = str(refused.value)
     assert "could not be downloaded" in sentence and str(tmp_path) in sentence
-    assert files in sentence and "PROFILE=quick" in sentence
+    assert file in sentence and "PROFILE=quick" in sentence
 
 
 def test_a_data_dir_that_cannot_be_made_is_named(tmp_path, run):
     (tmp_path / "file").write_text("not a folder")
     full = dataclasses.replace(run, profile="full", data_dir=tmp_path / "file" / "data")
-    with pytest.raises(utils.UsageError, match="DATA_DIR .* cannot be written"):
+    with pytest.raises(utils.UsageError, match="cannot be written to DATA_DIR"):
         utils.load_mnist(full)
 
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 import report
+from conftest import ROOT
 
 NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
 RUNS = {
@@ -25,15 +25,26 @@ def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
     command += ["--TagRemovePreprocessor.enabled=True"]
     command += ["--TagRemovePreprocessor.remove_cell_tags=threshold", ROOT / name]
     subprocess.run(command, check=True, capture_output=True)
-    for module in ("utils.py", "report.py"):
+    for module in ("utils.py", "report.py", "files.py", "checkpoints.py"):
         shutil.copy(ROOT / module, tmp_path)
     stem = name.removesuffix(".ipynb")
     environ = dict(os.environ, PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
-    environ["MPLBACKEND"] = "agg"
-    done = subprocess.run(
-        [sys.executable, f"{stem}.py"], cwd=tmp_path, env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    environ |= dict(MPLBACKEND="agg", CHECKPOINT_DIR=str(tmp_path / "kept"))
+
+    def run_script():
+        done = subprocess.run(
+            [sys.executable, f"{stem}.py"],
+            cwd=tmp_path,
+            env=environ,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run_script().count("epoch 1/1: ") == len(RUNS[stem])
+    again = run_script()  # finished runs are loaded
+    assert again.count("Found 1 of 1 epochs in") == len(RUNS[stem]) and "epoch 1/1: " not in again
     records = report.load_records(tmp_path / "figures")
     assert [r["run"] for r in records] == RUNS[stem]
     assert {r["epochs"] for r in records} == {1} and {r["profile"] for r in records} == {"full"}

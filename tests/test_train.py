@@ -123,8 +123,9 @@ def test_the_report_every_25_iterations(run, monkeypatch):
 def test_a_report_says_where_its_numbers_are_from(run, monkeypatch, capsys):
     monkeypatch.setattr(utils.Progress, "_show", lambda self, text, final: print(text))
     progress = utils.Progress(2, 60, run)
-    for epoch, step, totals in [(1, 25, (50.0, 20, 100)), (1, 50, (80.0, 90, 200)), (2, 25, None)]:
-        progress.step(epoch, step, torch.tensor(totals or (1.0, 1, 1), dtype=torch.float64))
+    reports = [(1, 25, (50.0, 20, 100, 25)), (1, 50, (80.0, 90, 200, 50)), (2, 25, (1.0, 1, 1, 25))]
+    for epoch, step, totals in reports:
+        progress.step(epoch, step, torch.tensor(totals, dtype=torch.float64))
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/2, step 25/60: loss 0.5000, training 20.00%",
         "epoch 1/2, step 50/60: loss 0.4000, training 45.00%",

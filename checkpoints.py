@@ -1,0 +1,312 @@
+"""Checkpoints: a run that is cut short, anywhere, goes on where it was and ends the same.
+
+After every epoch the whole state of a run goes to one file, and the file before is kept beside it.
+Training then starts from what it finds, if that is the same run; `utils.train` does the asking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import random
+import re
+import tempfile
+import traceback
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from files import UsageError, reason, write_whole
+
+FORMAT = 1
+KEYS = {"format", "facts", "history", "made", "parts", "random", "probe"}
+
+
+class Checkpoint:
+    """The file of one run: tensors and built-in types only, read with `weights_only=True`.
+
+    With `resume` false, what lies there is deleted and the run starts anew.
+    """
+
+    def __init__(self, path: Path, resume: bool = True):
+        self.path, self.resume = path, resume
+        self.previous = path.with_name(f"{path.name}.previous")
+        self.way_out = f"start anew with RESUME = False, or delete {path}*"
+
+    def start(self, parts: Mapping, facts: Mapping[str, str]) -> tuple[list, dict]:
+        """Bring `parts` (model, optimizer, ..) to where the run was: (its history, its makers).
+
+        `facts` are what makes a run this run: where the file's differ, it is refused. Both are
+        empty where there is no file yet. On the CPU what follows is bit for bit what would have
+        followed without the interruption.
+        """
+        self.parts, self.facts = parts, facts
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass  # better now than after an epoch
+            if not self.resume:
+                self.path.unlink(missing_ok=True)
+                self.previous.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"Checkpoints cannot be written to {self.path.parent} ({reason(error)}): name "
+                "another folder in CHECKPOINT_DIR."
+            ) from None
+        history, made = self.load()
+        if history:
+            print(
+                f"Found {len(history)} of {facts['epochs']} epochs in {self.path}, "
+                f"trained on {made['device']}, {made['date']}."
+            )
+        return history, made
+
+    def save(self, history: Sequence[tuple], made: Mapping, images: Tensor) -> None:
+        """Write the state after an epoch; `images` (B, C, H, W) are any two that it trained on."""
+        probe = {"images": images.cpu(), "logits": _answer(self.parts["model"], images)}
+        state = {
+            "format": FORMAT,
+            "facts": dict(self.facts),
+            "history": [list(epoch) for epoch in history],
+            "made": dict(made),
+            "parts": {name: part.state_dict() for name, part in self._present()},
+            "random": _random_state(),
+            "probe": probe,
+        }
+        require_plain(state)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        try:
+            write_whole(self.path, buffer.getbuffer(), keep=self.previous)
+        except OSError as error:
+            last = len(history) - 1
+            kept = f"epoch {last}'s is kept" if last else "there is none before it"
+            raise UsageError(
+                f"The checkpoint {self.path} of epoch {len(history)} could not be written "
+                f"({reason(error)}): {kept}; make room, or name another folder in CHECKPOINT_DIR, "
+                "and run this again."
+            ) from None
+
+    def load(self) -> tuple[list, dict]:
+        """Bring the parts to the state in the file: (history, makers), or empty without a file."""
+        state = self._read()
+        if state is None:
+            return [], {}
+        for name, here in self.facts.items():
+            there = state["facts"].get(name, "nothing")
+            if there != here:
+                raise UsageError(
+                    f"{self.path} is of another run, whose {name} was {_difference(there, here)}: "
+                    f"put it back, or {self.way_out}."
+                )
+        try:
+            for name, part in self._present():
+                part.load_state_dict(state["parts"][name])
+            answer = _answer(self.parts["model"], state["probe"]["images"])
+            logits = state["probe"]["logits"]
+            _set_random_state(state["random"])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{self.path} does not fit this run ({reason(error)}): {self.way_out}."
+            ) from None
+        # the same weights on another device round differently, a changed forward() does more
+        if not torch.allclose(answer, logits, rtol=0, atol=0.01 * logits.abs().max().item()):
+            raise UsageError(
+                f"{self.path} is of another run: with its weights, this model answers differently, "
+                f"so its forward pass has changed: put it back, or {self.way_out}."
+            )
+        return state["history"], state["made"]
+
+    def _present(self) -> list[tuple]:
+        """The parts that the run has: one without a schedule has none."""
+        return [(name, part) for name, part in self.parts.items() if part is not None]
+
+    def _read(self) -> dict | None:
+        """The newest whole file's content; None where there is none."""
+        problems = []
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = self._read_one(path)
+            except OSError as error:
+                problems.append(f"{path} cannot be read ({reason(error)})")
+            except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+                problems.append(f"{path} is damaged ({reason(error)})")
+            else:
+                for problem in problems:
+                    print(f"{problem}; going on from the one before it.")
+                return state
+        if problems:
+            raise UsageError(f"{' and '.join(problems)}: {self.way_out}.")
+        return None
+
+    def _read_one(self, path: Path) -> dict:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the checksums
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises nearly everything
+            if "weights_only" not in str(error).lower():
+                raise ValueError(reason(error)) from None
+            raise UsageError(
+                f"{path} holds more than tensors and built-in types and was not loaded, for "
+                f"loading it could run any program: {self.way_out}."
+            ) from None
+        version = state.get("format") if isinstance(state, dict) else None
+        if version != FORMAT:
+            raise UsageError(
+                f"{path} is a checkpoint of format {version}, where this version of the project "
+                f"reads {FORMAT}: use the version that wrote it, or {self.way_out}."
+            )
+        if set(state) != KEYS:
+            odd = ", ".join(sorted(set(state) ^ KEYS))
+            raise UsageError(
+                f"{path} is not as this version of the project writes it (see {odd}): "
+                f"use the version that wrote it, or {self.way_out}."
+            )
+        return state
+
+
+def facts_of(model: nn.Module, optimizer, schedule, scaler, **others) -> dict[str, str]:
+    """What makes a run this run, as text: compared, and shown where it differs."""
+    groups = [
+        {k: v for k, v in group.items() if k not in ("params", *_IMPLEMENTATION)}
+        for group in optimizer.param_groups
+    ]
+    facts = {
+        "model": str(model),
+        "weights": "\n".join(
+            f"{name} {tuple(v.shape)} {v.dtype}" for name, v in model.state_dict().items()
+        ),
+        "optimizer": f"{type(optimizer).__name__} {groups}",
+        "schedule": "constant" if schedule is None else f"{_plain(schedule.state_dict())}",
+        "scaler": f"enabled {scaler.is_enabled()}",
+        **{name: str(value) for name, value in others.items()},
+    }
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", text) for name, text in facts.items()}
+
+
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # change no result
+
+
+def _plain(state: Mapping) -> dict:
+    """The numbers and texts of a schedule's state."""
+    return {k: v for k, v in state.items() if isinstance(v, (bool, int, float, str, list))}
+
+
+def _difference(there: str, here: str) -> str:
+    """The first line that differs, of two texts: "this there, that here"."""
+    lines = there.splitlines() or [""], here.splitlines() or [""]
+    for old, new in zip(*lines, strict=False):
+        if old != new:
+            break
+    else:
+        old, new = (f"{len(side)} lines long" for side in lines)
+    start = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+    start = max(0, old.rfind(" ", 0, max(0, start - 20)))  # long lines are cut to what matters
+    cut = [text[start : start + 90].strip() for text in (old, new)]
+    return f"'{cut[0]}' and is now '{cut[1]}'"
+
+
+def require_plain(value, place: str = "the state") -> None:
+    """Refuse what `torch.load` would not give back with weights_only: before it is written."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            require_plain(item, f"{place}, {key}")
+    elif type(value) in (list, tuple):
+        for item in value:
+            require_plain(item, place)
+    elif type(value) not in (int, float, bool, str, type(None), Tensor, nn.Parameter):
+        raise UsageError(
+            f"A checkpoint can't hold {type(value).__name__} ({place}): use numbers, text and "
+            "tensors there, or train without a checkpoint."
+        )
+
+
+@torch.no_grad()
+def _answer(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits in evaluation mode and float32, on the CPU: a trace of its computing."""
+    model.eval()
+    device = next(model.parameters()).device
+    return model(images.to(device).float()).float().cpu()
+
+
+def _random_state() -> dict:
+    """The state of every generator that training may draw from."""
+    name, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, list(numbers), gauss],
+    }
+
+
+def _set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+@contextlib.contextmanager
+def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkpoint | None):
+    """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
+
+    Ctrl-C ends it without an error, with model and history as they were after the last epoch. Out
+    of memory and a loss that is not finite become a UsageError.
+    """
+    problem = None
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"Stopped in epoch {len(history) + 1}.", end=" ")
+        if checkpoint:
+            del history[len(checkpoint.load()[0]) :]  # an epoch whose checkpoint was not written
+            print(f"Run this again to go on after epoch {len(history)}." if history else "")
+        else:
+            print("Its part of the epoch stays in the weights.")
+    except FloatingPointError as error:
+        good = checkpoint and history and f"; {checkpoint.path} still holds epoch {len(history)}"
+        problem = (
+            f"{error}{good or ''}: lower the learning rate and start anew, with RESUME = False."
+        )
+    except (RuntimeError, MemoryError) as error:
+        problem = out_of_memory(error, batch_size)
+        if problem is None:
+            raise
+    else:
+        return
+    finally:
+        optimizer.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if problem:
+        raise UsageError(problem) from None
+
+
+def out_of_memory(error: Exception, batch_size: int | None) -> str | None:
+    """The sentence for an error that is want of memory, None for any other.
+
+    The frames that the error came through let go of their tensors.
+    """
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if not any(text in str(error).lower() for text in texts):
+            return None
+    traceback.clear_frames(error.__traceback__)
+    if batch_size is None or batch_size < 2:
+        return "Out of memory: use a smaller model."
+    return f"Out of memory with batches of {batch_size}: try a batch size of {batch_size // 2}."

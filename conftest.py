@@ -1,0 +1,19 @@
+"""A test run trains afresh: what an earlier run left is loaded only where CHECKPOINT_DIR is set."""
+
+import os
+import shutil
+import tempfile
+
+_made = None
+
+
+def pytest_configure(config):
+    global _made
+    if "CHECKPOINT_DIR" not in os.environ:
+        _made = os.environ["CHECKPOINT_DIR"] = tempfile.mkdtemp(prefix="checkpoints-")
+
+
+def pytest_unconfigure(config):
+    if _made:
+        os.environ.pop("CHECKPOINT_DIR", None)
+        shutil.rmtree(_made, ignore_errors=True)

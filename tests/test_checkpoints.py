@@ -1,0 +1,488 @@
+"""Exact resume, refusal of what does not fit, and a plain sentence for whatever stops a run."""
+
+import os
+import shutil
+import signal
+import weakref
+import zipfile
+
+import pytest
+import torch
+import victim
+from torch import nn
+from torch.nn import functional as F
+
+import checkpoints
+import report
+import utils
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The digest of a run that nothing happens to."""
+    return victim.fit(tmp_path_factory.mktemp("whole"))[1]
+
+
+def stopped(folder, epoch, **changes):
+    """A folder that holds a run's first epochs."""
+    with pytest.raises(victim.Stop):
+        victim.fit(folder, stop_after=epoch, **changes)
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("epoch", range(1, victim.EPOCHS + 1))
+def test_a_resumed_run_equals_the_uninterrupted_one(epoch, uninterrupted, tmp_path, tally, capsys):
+    stopped(tmp_path, epoch)
+    history, digest = victim.fit(tmp_path)
+    tally.add("faults", survived=digest == uninterrupted)
+    assert f"Found {epoch} of 6 epochs in {tmp_path / 'toy.pt'}" in capsys.readouterr().out
+    assert [e.epoch for e in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_a_checkpoint_is_the_same_run(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.Settings, "checkpoint", lambda *arguments: None)
+    assert victim.fit(tmp_path)[1] == uninterrupted
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_loaded_and_not_repeated(uninterrupted, tmp_path, capsys):
+    history, _ = victim.fit(tmp_path)
+
+    def never(*arguments, **options):
+        raise AssertionError("it trained again")
+
+    again, digest = victim.fit(tmp_path, loss=named(never, victim.noisy_loss))
+    assert digest == uninterrupted and again == history and again.made == history.made
+    assert "Found 6 of 6 epochs" in capsys.readouterr().out
+
+
+def named(function, like):
+    """A function that passes for another, whose name is a fact of the run."""
+    function.__qualname__ = like.__qualname__
+    return function
+
+
+def test_without_resume_a_run_starts_anew(uninterrupted, tmp_path):
+    victim.fit(tmp_path)
+    stopped(tmp_path, 2, resume=False)
+    history, digest = victim.fit(tmp_path, resume=False)
+    assert digest == uninterrupted and len(history) == 6
+
+
+def test_a_dataloader_resumes_exactly_too(tmp_path):
+    data = victim.toy()
+
+    def fit(folder, stop_after=None):
+        torch.manual_seed(0)
+        run, network = victim.settings(folder), victim.model()
+        pairs = torch.utils.data.TensorDataset(data.images.float() / 128 - 1, data.labels)
+        loader = torch.utils.data.DataLoader(pairs, 24, shuffle=True)
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        checkpoint = run.checkpoint("toy")
+        if stop_after:
+            victim.stop_after_epoch(checkpoint, stop_after)
+        utils.train(network, optimizer, loader, loader, 4, run, checkpoint=checkpoint)
+        return network.state_dict()
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(victim.Stop):
+        fit(tmp_path / "cut", stop_after=2)
+    for a, b in zip(whole.values(), fit(tmp_path / "cut").values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_record_says_what_trained_the_run_not_what_loaded_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "hardware_name", lambda device: "a T4")
+    stopped(tmp_path, 2)
+    monkeypatch.setattr(utils, "hardware_name", lambda device: "an A100")
+    stopped(tmp_path, 4)
+    stopped(tmp_path, 6)
+    monkeypatch.setattr(utils, "hardware_name", lambda device: "a laptop")
+    history, _ = victim.fit(tmp_path)
+    assert history.made["device"] == "a T4, then an A100"
+
+
+# ---- another run, another version, a damaged file
+
+
+CHANGES = {
+    "optimizer": dict(peak=0.02),
+    "batches": dict(seed=4),
+    "loss": dict(loss=F.cross_entropy),
+    "epochs": dict(epochs=7),
+    "model": dict(network=lambda: nn.Sequential(*victim.model()[:-1], nn.Linear(288, 4))),
+    "schedule": dict(epochs=5),
+}
+
+
+@pytest.mark.parametrize("fact", CHANGES)
+def test_another_run_is_refused_with_what_differs(fact, tmp_path, tally):
+    stopped(tmp_path, 2)
+    before = (tmp_path / "toy.pt").read_bytes()
+    changes = {k: v() if k == "network" else v for k, v in CHANGES[fact].items()}
+    with pytest.raises(utils.UsageError, match="of another run, whose .* was .* is now") as error:
+        victim.fit(tmp_path, **changes)
+    assert "RESUME = False" in str(error.value)
+    if fact != "epochs":  # what the schedule holds comes first
+        assert f"whose {fact} was" in str(error.value)
+    tally.add("faults", survived=(tmp_path / "toy.pt").read_bytes() == before)
+
+
+def test_other_data_is_refused(tmp_path, tally):
+    stopped(tmp_path, 2)
+    data = victim.toy()
+    data.images[100, 0, 3, 3] += 1  # one grey level of one pixel
+    with pytest.raises(utils.UsageError, match="whose batches was .*SHA-256"):
+        victim.fit(tmp_path, data=data)
+    tally.add("faults")
+
+
+def test_a_changed_forward_pass_is_noticed(tmp_path, tally):
+    class Plain(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Changed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.flip(3))
+
+    Changed.__name__ = "Plain"
+    stopped(tmp_path, 2, network=Plain(*victim.model()))
+    with pytest.raises(utils.UsageError, match="this model answers differently"):
+        victim.fit(tmp_path, network=Changed(*victim.model()))
+    tally.add("faults")
+
+
+def rewrite(path, change):
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda state: state.update(extra=1), "is not as this version of the project writes it"),
+        (lambda state: state.pop("probe"), "is not as this version of the project writes it"),
+        (lambda state: state.update(format=2), "is a checkpoint of format 2"),
+        (lambda state: state.pop("format"), "is a checkpoint of format None"),
+        (lambda state: state["parts"].pop("optimizer"), "does not fit this run"),
+        (lambda state: state["parts"]["model"].pop("0.weight"), "does not fit this run"),
+        (lambda state: state["parts"]["model"].update(new=torch.ones(1)), "does not fit this run"),
+        (lambda state: state["random"].pop("torch"), "does not fit this run"),
+    ],
+)
+def test_an_odd_checkpoint_is_refused(change, sentence, tmp_path, tally):
+    stopped(tmp_path, 2)
+    rewrite(tmp_path / "toy.pt", change)
+    with pytest.raises(utils.UsageError, match=sentence) as error:
+        victim.fit(tmp_path)
+    assert "RESUME = False" in str(error.value)
+    tally.add("faults")
+
+
+class Program:
+    """What an attacker would put into a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_holds_a_program_is_not_run(tmp_path, tally):
+    stopped(tmp_path, 2)
+    state = torch.load(tmp_path / "toy.pt", weights_only=True)
+    torch.save({**state, "history": Program(tmp_path / "hacked")}, tmp_path / "toy.pt")
+    with pytest.raises(utils.UsageError, match="holds more than tensors"):
+        victim.fit(tmp_path)
+    tally.add("faults", survived=not (tmp_path / "hacked").exists())
+
+
+def test_the_one_before_takes_over_from_a_damaged_checkpoint(
+    uninterrupted, tmp_path, tally, capsys
+):
+    stopped(tmp_path, 4)
+    content = bytearray((tmp_path / "toy.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "toy.pt").write_bytes(content)
+    _, digest = victim.fit(tmp_path)
+    assert "toy.pt is damaged (a checksum is wrong); going on" in capsys.readouterr().out
+    tally.add("faults", survived=digest == uninterrupted)
+
+
+def test_two_damaged_checkpoints_are_refused(tmp_path, tally):
+    stopped(tmp_path, 4)
+    for name in ("toy.pt", "toy.pt.previous"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
+    with pytest.raises(utils.UsageError, match="toy.pt is damaged .* and .*previous is damaged"):
+        victim.fit(tmp_path)
+    tally.add("faults")
+
+
+def test_a_checkpoint_holds_tensors_and_built_in_types_only(tmp_path):
+    victim.fit(tmp_path)
+    with zipfile.ZipFile(tmp_path / "toy.pt") as archive:
+        assert archive.testzip() is None
+    state = torch.load(tmp_path / "toy.pt", weights_only=True)
+    assert set(state) == checkpoints.KEYS and len(state["history"]) == 6
+    before = torch.load(tmp_path / "toy.pt.previous", weights_only=True)
+    assert len(before["history"]) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["toy.pt", "toy.pt.previous"]
+
+
+def test_what_could_not_be_loaded_is_not_written(tmp_path):
+    with pytest.raises(utils.UsageError, match=r"can't hold object \(the state, parts\)"):
+        checkpoints.require_plain({"parts": [1.0, object()]})
+
+
+# ---- what stops a run
+
+
+def fails_at(epoch, step, what, loss=victim.noisy_loss):
+    """A loss that does something at a step: 10 steps make an epoch."""
+    left = [10 * (epoch - 1) + step]
+
+    def lossy(logits, labels, ignore_index):
+        left[0] -= 1
+        value = loss(logits, labels, ignore_index=ignore_index)
+        return what(value) if left[0] == 0 else value
+
+    return named(lossy, loss)
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(1, 1), (1, 10), (2, 1), (3, 7), (4, 10)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    epoch, step, value, uninterrupted, tmp_path, tally
+):
+    loss = fails_at(epoch, step, lambda loss: loss * value)
+    place = f"epoch {epoch}, step {step} is not finite"
+    with pytest.raises(utils.UsageError, match=place) as error:
+        victim.fit(tmp_path, loss=loss)
+    assert "lower the learning rate" in str(error.value)
+    if epoch > 1:
+        assert f"{tmp_path / 'toy.pt'} still holds epoch {epoch - 1}" in str(error.value)
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+def test_it_is_seen_within_the_epoch_without_waiting_for_its_end(tmp_path):
+    steps = []
+    loss = fails_at(1, 30, lambda loss: loss * float("nan"), F.cross_entropy)
+
+    def counted(logits, labels, ignore_index):
+        steps.append(1)
+        return loss(logits, labels, ignore_index=ignore_index)
+
+    with pytest.raises(utils.UsageError, match="epoch 1, step 30 is not finite"):
+        victim.fit(tmp_path, loss=counted, batch_size=2)
+    assert len(steps) == 75  # of 120: looked for every 25 steps, in values of 25 steps before
+
+
+def test_weights_that_are_not_finite_are_not_saved(uninterrupted, tmp_path, tally):
+    """The last step of an epoch goes wrong after its loss was taken."""
+
+    def spoil(loss):
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    with pytest.raises(utils.UsageError, match="After epoch 3, step 10, .* is not finite"):
+        victim.fit(tmp_path, loss=fails_at(3, 10, spoil))
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+def interrupt(loss):
+    signal.raise_signal(signal.SIGINT)
+    return loss
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(2, 1), (3, 7), (6, 10)])
+def test_ctrl_c_returns_what_there_is(epoch, step, uninterrupted, tmp_path, tally, capsys):
+    network = victim.model()
+    history, _ = victim.fit(tmp_path, network=network, loss=fails_at(epoch, step, interrupt))
+    assert len(history) == epoch - 1
+    out = capsys.readouterr().out
+    assert f"Stopped in epoch {epoch}. Run this again to go on after epoch {epoch - 1}." in out
+    saved = torch.load(tmp_path / "toy.pt", weights_only=True)["parts"]["model"]
+    assert all(torch.equal(saved[k], v) for k, v in network.state_dict().items())
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+def test_ctrl_c_in_validation_and_in_a_save(uninterrupted, tmp_path, tally, monkeypatch):
+    for owner, name in ((utils, "test"), (checkpoints, "write_whole")):
+        folder = tmp_path / name
+        with monkeypatch.context() as patch:
+            calls, original = [], getattr(owner, name)
+
+            def late(*arguments, calls=calls, original=original, **options):
+                calls.append(1)
+                if len(calls) == 3:
+                    signal.raise_signal(signal.SIGINT)
+                return original(*arguments, **options)
+
+            patch.setattr(owner, name, late)
+            assert len(victim.fit(folder)[0]) == 2
+        tally.add("faults", survived=victim.fit(folder)[1] == uninterrupted)
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_nothing_to_record(tmp_path, run, capsys):
+    history, _ = victim.fit(tmp_path, loss=fails_at(1, 3, interrupt))
+    assert history == [] and "Stopped in epoch 1" in capsys.readouterr().out
+    with pytest.raises(utils.UsageError, match="no epoch was trained to its end"):
+        report.record_run("toy", run, *[None] * 5, history, 0.0, 0)
+
+
+def test_ctrl_c_without_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils.Settings, "checkpoint", lambda *arguments: None)
+    history, _ = victim.fit(tmp_path, loss=fails_at(3, 2, interrupt))
+    assert len(history) == 2 and "Stopped in epoch 3." in capsys.readouterr().out
+
+
+def test_an_interrupted_run_has_its_figure(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    network = victim.model()
+    history, _ = victim.fit(tmp_path, network=network, loss=fails_at(4, 2, interrupt))
+    batches = utils.Batches(victim.toy(), 24, run)
+    optimizer = torch.optim.AdamW(network.parameters())
+    record = report.record_run(
+        "toy", run, network, optimizer, None, batches, batches, history, 50.0, 0
+    )
+    assert record["epochs"] == 3 and (tmp_path / "figures/quick/toy.png").exists()
+
+
+def test_an_interrupted_run_frees_its_memory(tmp_path):
+    network, seen = victim.model(), []
+
+    def watch(loss):
+        seen.append(weakref.ref(loss))
+        return interrupt(loss)
+
+    victim.fit(tmp_path, network=network, loss=fails_at(3, 2, watch))
+    assert seen[0]() is None
+    assert all(p.grad is None for p in network.parameters())
+
+
+def no_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def really_no_memory():
+    return torch.empty(2**60)
+
+
+@pytest.mark.parametrize("allocate", [no_memory, really_no_memory])
+def test_out_of_memory_says_which_batch_size_to_try(allocate, uninterrupted, tmp_path, tally):
+    held = []
+
+    def what(loss):
+        activations = torch.ones(1000)
+        held.append(weakref.ref(activations))
+        return loss + activations.sum() + allocate()
+
+    with pytest.raises(utils.UsageError, match="batches of 24: try a batch size of 12") as error:
+        victim.fit(tmp_path, loss=fails_at(3, 2, what))
+    assert error.value and held[0]() is None  # no traceback holds on to tensors
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+def test_out_of_memory_in_evaluation(run):
+    class Hungry(nn.Module):
+        def forward(self, x):
+            return torch.empty(2**60)
+
+    with pytest.raises(utils.UsageError, match="batches of 64: try a batch size of 32"):
+        utils.test(Hungry(), utils.Batches(victim.toy(), 64, run), run)
+
+
+def test_other_errors_are_not_disguised(tmp_path):
+    def broken(loss):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        victim.fit(tmp_path, loss=fails_at(2, 2, broken))
+
+
+# ---- the disk
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(uninterrupted, tmp_path, tally):
+    """The file that is written beside the checkpoint leads to a device that is always full."""
+    stopped(tmp_path, 3)
+    before = (tmp_path / "toy.pt").read_bytes()
+    (tmp_path / "toy.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(utils.UsageError, match="epoch 4 could not be written .*No space left"):
+        victim.fit(tmp_path)
+    assert (tmp_path / "toy.pt").read_bytes() == before
+    assert not (tmp_path / "toy.pt.partial").is_symlink()
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file size are POSIX")
+def test_a_quota_keeps_the_checkpoint_before(uninterrupted, tmp_path, tally):
+    resource = pytest.importorskip("resource")
+    stopped(tmp_path, 3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(utils.UsageError, match="File too large.*epoch 3's is kept"):
+            victim.fit(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, tally):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", "/proc/here"):
+        with pytest.raises(utils.UsageError, match="cannot be written to .*CHECKPOINT_DIR"):
+            victim.fit(folder, loss=fails_at(1, 1, lambda loss: pytest.fail("it trained")))
+        tally.add("faults")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nothing is read-only to root")
+def test_a_read_only_folder_is_told_before_training(tmp_path, tally):
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o555)
+    with pytest.raises(utils.UsageError, match="Permission denied.*CHECKPOINT_DIR"):
+        victim.fit(folder)
+    tally.add("faults")
+
+
+# ---- stopping early
+
+
+def history_of(*scores):
+    return [utils.Epoch(n, 1.0, 1.0, 50.0, score, 1.0) for n, score in enumerate(scores, start=1)]
+
+
+def test_a_plateau_is_a_best_score_that_is_old():
+    history = history_of(50.0, 60.0, 55.0, 60.0)  # an equal score is no improvement
+    assert utils.plateaued(history, 2) and not utils.plateaued(history, 3)
+    assert not utils.plateaued(history, None) and not utils.plateaued([], 1)
+
+
+def test_training_stops_at_a_plateau_and_stays_stopped(tmp_path, monkeypatch):
+    scores = iter([50.0, 60.0, 55.0, 58.0, 59.0, 70.0])
+    monkeypatch.setattr(utils, "test", lambda *arguments: next(scores))
+    history, _ = victim.fit(tmp_path, patience=2)
+    assert [e.validation_accuracy for e in history] == [50.0, 60.0, 55.0, 58.0]
+    assert len(victim.fit(tmp_path, patience=2)[0]) == 4
+    assert len(victim.fit(tmp_path)[0]) == 6  # off by default: the rest is trained
+
+
+def test_checkpoints_are_where_the_settings_say(tmp_path):
+    def path(**environ):
+        return utils.settings(environ=environ).checkpoint("mnist").path
+
+    assert path(PROFILE="full") == utils.ROOT / "checkpoints" / "mnist.pt"
+    assert path(PROFILE="quick") == utils.ROOT / "checkpoints" / "quick" / "mnist.pt"
+    drive = str(tmp_path / "drive")
+    assert path(PROFILE="full", CHECKPOINT_DIR=drive) == tmp_path / "drive" / "mnist.pt"
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,634 @@
+"""Downloads that go wrong in every way, damaged files, and a sentence for each."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import tarfile
+import threading
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import files
+import utils
+
+pytestmark = pytest.mark.faults
+
+
+# ---- a server that misbehaves
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` by name; `faults` are what happens to the first requests, in turn."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.faults, self.requests = {}, [], []
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that went away
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        body = self.server.content.get(name)
+        self.server.requests.append(self.path)
+        fault = self.server.faults.pop(0) if self.server.faults else "fine"
+        if body is None or fault in ("404", "503"):
+            return self.send_error(int(fault) if body else 404)
+        if fault == "redirect":
+            self.send_response(302)
+            self.send_header("Location", f"/moved/{name}")
+            return self.end_headers()
+        if fault == "corrupt":
+            body = body[:-9] + bytes([body[-9] ^ 1]) + body[-8:]
+        if fault == "another file":
+            body = b"<html>Please log in to this network.</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        half = len(body) // 2
+        if fault == "hang up":
+            return self.close_connection
+        if fault in ("stall", "cut off"):
+            self.wfile.write(body[:half])
+            self.wfile.flush()
+            if fault == "stall":
+                time.sleep(3)
+            return None
+        if fault == "slow":
+            for start in range(0, len(body), 1 + len(body) // 5):
+                self.wfile.write(body[start : start + 1 + len(body) // 5])
+                self.wfile.flush()
+                time.sleep(0.3)
+            return None
+        return self.wfile.write(body)
+
+
+def serve():
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server
+
+
+def cifar_archive(folder="cifar-10-batches-py"):
+    """A small archive that looks like CIFAR-10's."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name in ("data_batch_1", "batches.meta"):
+            content = name.encode() * 1000
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def publish(monkeypatch, servers):
+    """Two data sets like the real ones on servers of ours, with their hashes."""
+    digits = {name: gzip.compress(name.encode() * 500) for name in files.MNIST_FILES}
+    digits = {f"{name}.gz": body for name, body in digits.items()}
+    content = {"MNIST": digits, "CIFAR-10": {"cifar-10-python.tar.gz": cifar_archive()}}
+    for server in servers:
+        server.content = {**content["MNIST"], **content["CIFAR-10"]}
+    hashes = {
+        data: {name: hashlib.sha256(body).hexdigest() for name, body in archives.items()}
+        for data, archives in content.items()
+    }
+    monkeypatch.setattr(files, "ARCHIVES", hashes)
+    monkeypatch.setattr(files, "MIRRORS", dict.fromkeys(hashes, [s.url for s in servers]))
+    monkeypatch.setattr(files, "TIME_OUT", 1.0)
+    monkeypatch.setattr(files, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    """(first mirror, second mirror) of two small data sets."""
+    pair = serve(), serve()
+    publish(monkeypatch, pair)
+    yield pair
+    for server in pair:
+        server.shutdown()
+        server.server_close()
+
+
+def whole(folder):
+    """Whether both data sets lie in a folder, unpacked, whole and alone."""
+    digits = folder / "MNIST" / "raw"
+    same = all((digits / n).read_bytes() == n.encode() * 500 for n in files.MNIST_FILES)
+    batch = folder / "cifar-10-batches-py" / "data_batch_1"
+    rest = [p for p in folder.rglob("*") if "partial" in p.name or p.name.startswith("tmp")]
+    return same and batch.read_bytes() == b"data_batch_1" * 1000 and not rest
+
+
+def nothing_final(folder):
+    """Whether a download that failed left nothing that could be taken for a data set."""
+    names = [*files.MNIST_FILES, "cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    return not [p for p in folder.rglob("*") if p.name in names]
+
+
+FAULTS = ["503", "404", "redirect", "corrupt", "another file", "hang up", "stall", "cut off"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_first_mirror_is_made_up_for(fault, servers, tmp_path, tally):
+    for archives in files.ARCHIVES.values():
+        servers[0].faults += [fault] * len(archives)
+    for name in ("MNIST", "CIFAR-10"):
+        files.fetch(name, tmp_path)
+    assert (fault == "redirect") == (len(servers[1].requests) == 0)
+    tally.add("faults", survived=whole(tmp_path))
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f != "redirect"])
+def test_all_mirrors_fail_and_then_work(fault, servers, tmp_path, tally):
+    for server in servers:
+        server.faults = [fault]
+    files.fetch("CIFAR-10", tmp_path)
+    assert len(servers[0].requests) == 2 and len(servers[1].requests) == 1
+    files.fetch("MNIST", tmp_path)
+    tally.add("faults", survived=whole(tmp_path))
+
+
+SENTENCES = {
+    "503": "answered 503",
+    "404": "answered 404",
+    "corrupt": "the file's hash is wrong",
+    "another file": "the file's hash is wrong",
+    "hang up": "broke off",
+    "stall": "no byte in 0.3 s",
+    "cut off": "broke off",
+}
+
+
+@pytest.mark.parametrize("fault", SENTENCES)
+def test_a_fault_that_stays_is_one_sentence(fault, servers, tmp_path, tally, monkeypatch):
+    monkeypatch.setattr(files, "TIME_OUT", 0.3)
+    for server in servers:
+        server.faults = [fault] * 3
+    with pytest.raises(utils.UsageError, match="CIFAR-10 could not be downloaded") as error:
+        files.fetch("CIFAR-10", tmp_path)
+    assert SENTENCES[fault] in str(error.value)
+    for way_out in (servers[0].url, "cifar-10-python.tar.gz", str(tmp_path), "PROFILE=quick"):
+        assert way_out in str(error.value)
+    tally.add("faults", survived=nothing_final(tmp_path))
+    files.fetch("CIFAR-10", tmp_path)
+    files.fetch("MNIST", tmp_path)
+    tally.add("faults", survived=whole(tmp_path))
+
+
+def test_without_a_network(tmp_path, monkeypatch, tally):
+    server = serve()
+    publish(monkeypatch, [server])
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(utils.UsageError, match="no connection") as error:
+        files.fetch("MNIST", tmp_path)
+    assert all(name in str(error.value) for name in files.ARCHIVES["MNIST"])
+    tally.add("faults", survived=nothing_final(tmp_path))
+
+
+def test_an_archive_that_was_brought_by_hand_is_used(servers, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(cifar_archive())
+    hashes = {"cifar-10-python.tar.gz": hashlib.sha256(cifar_archive()).hexdigest()}
+    files.ARCHIVES["CIFAR-10"] = hashes
+    files.fetch("CIFAR-10", tmp_path)
+    assert not servers[0].requests and (tmp_path / "cifar-10-batches-py").is_dir()
+
+
+def test_a_damaged_archive_is_fetched_again(servers, tmp_path, tally):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(cifar_archive()[:1000])
+    files.fetch("CIFAR-10", tmp_path)
+    files.fetch("MNIST", tmp_path)
+    tally.add("faults", survived=whole(tmp_path))
+
+
+def test_what_a_killed_download_left_is_cleared_away(servers, tmp_path, tally):
+    (tmp_path / ".partial" / "unpacking" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / ".partial" / "cifar-10-python.tar.gz").write_bytes(b"half")
+    files.fetch("CIFAR-10", tmp_path)
+    files.fetch("MNIST", tmp_path)
+    tally.add("faults", survived=whole(tmp_path))
+
+
+def fetch_elsewhere(folder, url, hashes):
+    """The body of a process that fetches CIFAR-10 from a server of ours."""
+    files.ARCHIVES["CIFAR-10"], files.MIRRORS["CIFAR-10"] = hashes, [url]
+    files.fetch("CIFAR-10", folder)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["victim"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        forkserver.ensure_running()
+    return context
+
+
+def test_two_processes_fetch_once(processes, servers, tmp_path, tally):
+    servers[0].faults = ["slow"]
+    arguments = tmp_path, servers[0].url, files.ARCHIVES["CIFAR-10"]
+    both = [processes.Process(target=fetch_elsewhere, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    files.fetch("MNIST", tmp_path)
+    assert servers[0].requests.count("/cifar-10-python.tar.gz") == 1
+    tally.add("faults", survived=whole(tmp_path))
+
+
+def test_a_killed_download_leaves_nothing_and_is_done_again(processes, servers, tmp_path, tally):
+    servers[0].faults = ["slow"] * 3
+    arguments = tmp_path, servers[0].url, files.ARCHIVES["CIFAR-10"]
+    for number in range(3):
+        process = processes.Process(target=fetch_elsewhere, args=arguments)
+        process.start()
+        while len(servers[0].requests) <= number and process.is_alive():
+            time.sleep(0.02)
+        time.sleep(0.4)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+        tally.add("kills", survived=nothing_final(tmp_path))
+    files.fetch("CIFAR-10", tmp_path)
+    files.fetch("MNIST", tmp_path)
+    tally.add("faults", survived=whole(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written(servers, tmp_path, tally):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", Path("/proc/data")):
+        with pytest.raises(utils.UsageError, match="cannot be written to DATA_DIR .*PROFILE=quick"):
+            files.fetch("MNIST", folder)
+        tally.add("faults")
+
+
+def test_a_full_disk_while_unpacking(servers, tmp_path, tally, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "copyfileobj", full)
+        with pytest.raises(utils.UsageError, match="No space left on device.*make room"):
+            files.fetch("MNIST", tmp_path)
+    names = [p.name for p in tmp_path.rglob("*") if p.name in files.MNIST_FILES]
+    files.fetch("MNIST", tmp_path)
+    files.fetch("CIFAR-10", tmp_path)
+    tally.add("faults", survived=names == [] and whole(tmp_path))
+
+
+# ---- archives
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/../../escaped", "../../escaped"])
+def test_an_archive_whose_paths_leave_its_folder_is_refused(name, tmp_path, tally):
+    archive = tmp_path / "inner" / "bad.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    with pytest.raises(utils.UsageError, match="cannot be unpacked") as error:
+        files.unpack(archive)
+    assert str(archive) in str(error.value)
+    tally.add("faults", survived=not list(tmp_path.rglob("escaped")))
+
+
+def test_a_link_that_leaves_its_folder_is_refused(tmp_path, tally):
+    archive = tmp_path / "bad.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        member = tarfile.TarInfo("link")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc"
+        tar.addfile(member)
+    with pytest.raises(utils.UsageError, match="cannot be unpacked"):
+        files.unpack(archive)
+    tally.add("faults", survived=not (tmp_path / "link").is_symlink())
+
+
+@pytest.mark.parametrize("name", ["short.gz", "short.tar.gz"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_an_archive_cut_short_is_refused(name, share, tmp_path, tally):
+    content = cifar_archive() if "tar" in name else gzip.compress(os.urandom(5000))
+    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+    if name == "short.gz" and share == 0:
+        files.unpack(tmp_path / name)  # to gzip, nothing is an archive of nothing
+        return
+    with pytest.raises(utils.UsageError, match="cannot be unpacked"):
+        files.unpack(tmp_path / name)
+    tally.add("faults", survived=[p.name for p in tmp_path.rglob("*") if p.is_file()] == [name])
+
+
+# ---- idx and pickle
+
+
+def full(run, folder):
+    import dataclasses
+
+    return dataclasses.replace(run, profile="full", data_dir=folder)
+
+
+@pytest.fixture
+def copy(full_data, tmp_path):
+    """A copy of the small data sets, to be damaged."""
+    import shutil
+
+    return Path(shutil.copytree(full_data, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", files.MNIST_FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-1], lambda b: b + b"\0", lambda b: b[:7], lambda b: b"", lambda b: b"PK" + b],
+)
+def test_an_idx_file_that_is_not_whole_is_refused(name, damage, copy, run, tally):
+    file = copy / "MNIST" / "raw" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(utils.UsageError, match=f"{name} ha(s|ve).*delete it"):
+        utils.load_mnist(full(run, copy))
+    tally.add("faults")
+
+
+def test_idx_files_of_two_counts_are_refused(copy, run, tally):
+    raw = copy / "MNIST" / "raw"
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    with pytest.raises(utils.UsageError, match="holds 120 images but .* holds 40 labels"):
+        utils.load_mnist(full(run, copy))
+    tally.add("faults")
+
+
+def test_the_published_files_are_told_from_others(copy, run, monkeypatch):
+    raw = copy / "MNIST" / "raw"
+    known = {n: hashlib.sha256((raw / n).read_bytes()).hexdigest() for n in files.MNIST_FILES}
+    monkeypatch.setattr(files, "MNIST_FILES", known)
+    assert {part.source for part in utils.load_mnist(full(run, copy))} == {"full"}
+    with open(raw / "train-images-idx3-ubyte", "r+b") as file:
+        file.seek(1000)
+        file.write(b"\x07")
+    sources = {part.source for part in utils.load_scenes(full(run, copy))}
+    assert sources == {utils.NOT_PUBLISHED}  # an image changed: no longer MNIST, in no scene either
+
+
+class Canary:
+    """A pickle that leaves a trace when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickles_that_are_not_cifar10s_are_not_unpickled(tmp_path, run, tally):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"]:
+        (folder / name).write_bytes(pickle.dumps(Canary(tmp_path / "hacked")))
+    with pytest.raises(utils.UsageError, match="data_batch_1 is not as published: delete"):
+        utils.load_cifar10(full(run, tmp_path))
+    (folder / "data_batch_1").unlink()
+    with pytest.raises(utils.UsageError, match="data_batch_1 is missing: delete"):
+        utils.load_cifar10(full(run, tmp_path))
+    tally.add("faults", survived=not (tmp_path / "hacked").exists())
+
+
+# ---- images
+
+
+def folders(root, count=3, size=(12, 10), names=("cat", "dog")):
+    """Images in one folder per class."""
+    random = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def cut(path, share=0.6):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def test_a_truncated_image_is_named(tmp_path, tally, capsys):
+    root = folders(tmp_path / "pictures")
+    cut(root / "cat" / "1.png")
+    (root / "dog" / "2.png").write_text("not an image")
+    with pytest.raises(utils.UsageError, match="cat/1.png cannot be read as an image .*1 more"):
+        utils.load_folder(root, "mine")
+    dataset = utils.load_folder(root, "mine", skip_unreadable=True)
+    out = capsys.readouterr().out
+    assert "cat/1.png" in out and "dog/2.png cannot be read as an image (not an image file)" in out
+    whole = utils.load_folder(folders(tmp_path / "again"), "mine")
+    kept = [0, 2, 3, 4]
+    same = torch.equal(dataset.images, whole.images[kept])
+    tally.add("faults", survived=same and dataset.labels.tolist() == [0, 0, 1, 1])
+
+
+def test_a_truncated_jpeg_is_refused(tmp_path, tally):
+    root = folders(tmp_path / "pictures")
+    photograph = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(photograph).save(root / "cat" / "9.jpg")
+    cut(root / "cat" / "9.jpg")
+    with pytest.raises(utils.UsageError, match="9.jpg cannot be read .*truncated"):
+        utils.load_folder(root, "mine")
+    tally.add("faults")
+
+
+def test_nothing_that_could_be_read(tmp_path):
+    root = folders(tmp_path / "pictures", count=1)
+    for name in ("cat", "dog"):
+        (root / name / "0.png").write_text("not an image")
+    with pytest.raises(utils.UsageError, match="No image could be read"):
+        utils.load_folder(root, "mine", skip_unreadable=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda root: None, "needs a folder of images for each class"),
+        (lambda root: root.mkdir(), "needs a folder of images for each class"),
+        (lambda root: folders(root).joinpath("bird").mkdir(), "no valid file for the classes bird"),
+        (lambda root: folders(root, names=("cat",)), "there is one class only \\(cat\\)"),
+        (lambda root: folders(root, names=("cat",)) and folders(root, 1, (9, 9), ("dog",)), "9x9"),
+    ],
+)
+def test_folders_that_will_not_do(make, sentence, tmp_path, tally):
+    make(tmp_path / "pictures")
+    with pytest.raises(utils.UsageError, match=f"(?i){sentence}"):
+        utils.load_folder(tmp_path / "pictures", "mine")
+    tally.add("faults")
+
+
+def pairs(root, count=3):
+    """Images and masks of one size."""
+    random = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for number in range(count):
+        pixels = random.integers(256, size=(10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.jpg", quality=95)
+        mask = Image.fromarray(random.choice([0, 1, 255], size=(10, 12)).astype(np.uint8))
+        if number == 1:
+            mask = Image.fromarray(np.array(mask), mode="P")
+            mask.putpalette(random.integers(256, size=768).astype(np.uint8).tobytes())
+        mask.save(root / "masks" / f"{number}.png")
+    return root / "images", root / "masks", "roads", ("road", "car")
+
+
+def test_pairs_of_images_and_masks(tmp_path):
+    dataset = utils.load_pairs(*pairs(tmp_path))
+    assert dataset.images.shape == (3, 3, 10, 12) and dataset.labels.shape == (3, 10, 12)
+    random = np.random.default_rng(0)
+    random.integers(256, size=(10, 12, 3), dtype=np.uint8)
+    first = random.choice([0, 1, 255], size=(10, 12))
+    assert (dataset.labels[0].numpy() == first).all()
+    assert set(dataset.labels[1].unique().tolist()) == {0, 1, 255}  # a palette's numbers
+
+
+def resize(path, size):
+    Image.open(path).resize(size).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda root: (root / "masks/1.png").unlink(), "3 images in .*, 2 masks in .*: 1 has no"),
+        (lambda root: resize(root / "masks/1.png", (5, 5)), "1.png must be 12x10 .* not 5x5"),
+        (lambda root: resize(root / "images/1.jpg", (5, 5)), "1.png must be 5x5 .* not 12x10"),
+        (
+            lambda root: Image.open(root / "images/1.jpg").save(root / "masks/1.png"),
+            "one byte.* 3 axes",
+        ),
+        (
+            lambda root: Image.fromarray(np.ones((10, 12), np.uint16)).save(root / "masks/1.png"),
+            "must be 12x10 class indices of one byte, .* not 12x10 of uint16",
+        ),
+        (
+            lambda root: Image.fromarray(np.full((10, 12), 9, np.uint8)).save(root / "masks/1.png"),
+            "roads: 120 labels are out of range 0 to 1, 9 for one",
+        ),
+        (lambda root: [p.unlink() for p in root.glob("masks/*")], "masks is empty or not there"),
+        (lambda root: cut(root / "masks/1.png", 0.5), "1.png cannot be read as an image"),
+        (
+            lambda root: (root / "images/1.png").write_bytes(b""),
+            "images has two files of one name",
+        ),
+    ],
+)
+def test_pairs_that_will_not_do(spoil, sentence, tmp_path, tally):
+    arguments = pairs(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(utils.UsageError, match=sentence):
+        utils.load_pairs(*arguments)
+    tally.add("faults")
+
+
+# ---- npz
+
+
+def test_npz_in_three_layouts(tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(6, 3, 8, 9), dtype=np.uint8)
+    layouts = {"nchw": images, "nhwc": images.transpose(0, 2, 3, 1), "grey": images[:, 0]}
+    for layout, array in layouts.items():
+        np.savez_compressed(tmp_path / f"{layout}.npz", images=array, labels=np.arange(6) % 2)
+        dataset = utils.load_npz(tmp_path / f"{layout}.npz", "mine", ("a", "b"))
+        expected = images[:, :1] if layout == "grey" else images
+        assert (dataset.images.numpy() == expected).all() and dataset.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        (dict(images=np.zeros((4, 8, 8))), "images must be uint8"),
+        (dict(labels=np.array([0.0, 1, 0, 1])), "labels whole numbers, not uint8 and float64"),
+        (dict(labels=np.array([0, 1, 0, 7])), "1 labels are out of range 0 to 1, 7 for one"),
+        (dict(labels=np.array([0, -1, 0, 1])), "out of range 0 to 1, -1 for one"),
+        (dict(labels=np.array([0, 1, 0])), r"not \(3,\) for images \(4, 1, 8, 8\)"),
+        (dict(images=np.zeros((0, 8, 8), np.uint8)), "there are no images"),
+        (dict(images=np.zeros((4, 8), np.uint8)), r"must be uint8 \(N, C, H, W\)"),
+        (dict(labels=np.array([{}, 1, 2, 3], dtype=object)), "cannot be read as npz .*pickle"),
+    ],
+)
+def test_npz_files_that_will_not_do(arrays, sentence, tmp_path, tally):
+    good = dict(images=np.zeros((4, 8, 8), np.uint8), labels=np.array([0, 1, 0, 1]))
+    np.savez(tmp_path / "mine.npz", **{**good, **arrays})
+    with pytest.raises(utils.UsageError, match=sentence):
+        utils.load_npz(tmp_path / "mine.npz", "mine", ("a", "b"))
+    tally.add("faults")
+
+
+def test_an_array_that_is_missing_is_named(tmp_path):
+    np.savez(tmp_path / "mine.npz", x=np.zeros(3), labels=np.zeros(3))
+    with pytest.raises(utils.UsageError, match="no array called images: it has x, labels"):
+        utils.load_npz(tmp_path / "mine.npz", "mine", ("a", "b"))
+    with pytest.raises(utils.UsageError, match="cannot be read as npz .*No such file"):
+        utils.load_npz(tmp_path / "other.npz", "mine", ("a", "b"))
+
+
+# ---- a data set that does not go with the model
+
+
+def linear(inputs, classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(inputs, classes))
+
+
+def toy(channels=1, classes=3, shape=()):
+    images = torch.zeros(12, channels, 4, 4, dtype=torch.uint8)
+    labels = torch.arange(12).view(12, *([1] * len(shape))).expand(12, *shape) % classes
+    return utils.Dataset("toy", "own", images, labels.clone(), tuple("abcdefghij")[:classes])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "sentence"),
+    [
+        (toy(channels=3), linear(16, 3), r"Sequential can't take images of shape \(3, 4, 4\)"),
+        (toy(classes=4), linear(16, 3), "scores for 3 classes, where toy has 4"),
+        (toy(shape=(4, 4)), linear(16, 3), r"scores of shape \(3,\) .*give \(classes, 4, 4\)"),
+        (toy(), torch.nn.Conv2d(1, 3, 1), r"scores of shape \(3, 4, 4\) .*give \(classes\)"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_before_training(dataset, model, sentence, run, tally):
+    batches = utils.Batches(dataset, 4, run)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(utils.UsageError, match=sentence):
+        utils.train(model, optimizer, batches, batches, 1, run)
+    tally.add("faults")
+
+
+def test_a_dataloader_with_labels_out_of_range_is_told_in_time(run, tally):
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 3])
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1, 4, 4), labels)
+    loader, model = torch.utils.data.DataLoader(data, 4), linear(16, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(utils.UsageError, match="1 labels of a batch are out of range 0 to 2, 3"):
+        utils.train(model, optimizer, loader, loader, 1, run)
+    tally.add("faults")
+
+
+def test_no_batches_and_no_labels(run):
+    model = linear(16, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(utils.UsageError, match="no batches"):
+        utils.train(model, optimizer, [], [], 1, run)
+    ignored = utils.Dataset("toy", "own", toy().images, torch.full((12,), 255), ("a", "b"))
+    with pytest.raises(utils.UsageError, match="no label to score"):
+        utils.test(model, utils.Batches(ignored, 4, run), run)
