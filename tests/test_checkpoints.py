@@ -5,10 +5,12 @@ import shutil
 import signal
 import weakref
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 import victim
+from jupyter_client import KernelManager
 from torch import nn
 from torch.nn import functional as F
 
@@ -341,6 +343,33 @@ def test_ctrl_c_without_a_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils.Settings, "checkpoint", lambda *arguments: None)
     history, _ = victim.fit(tmp_path, loss=fails_at(3, 2, interrupt))
     assert len(history) == 2 and "Stopped in epoch 3." in capsys.readouterr().out
+
+
+def test_a_cell_that_is_stopped_in_jupyter_is_no_error(tmp_path, tally):
+    """A real kernel, interrupted as its stop button does."""
+    kernel = KernelManager(kernel_name="python3")
+    kernel.start_kernel(cwd=str(Path(victim.__file__).parent))
+    client = kernel.blocking_client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        shown = []
+
+        def look(message):
+            shown.append(str(message["content"].get("data", message["content"].get("text", ""))))
+            if "epoch 2/1000" in shown[-1]:
+                kernel.interrupt_kernel()
+
+        code = f"import victim; history, _ = victim.fit({str(tmp_path)!r}, epochs=1000)"
+        reply = client.execute_interactive(code, timeout=120, output_hook=look)
+        assert reply["content"]["status"] == "ok" and "Stopped in epoch" in "".join(shown)
+        shown.clear()
+        client.execute_interactive("print(len(history))", timeout=60, output_hook=look)
+        kept = torch.load(tmp_path / "toy.pt", weights_only=True)["history"]
+        tally.add("faults", survived=int("".join(shown)) == len(kept) >= 2)
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
 
 
 def test_an_interrupted_run_has_its_figure(tmp_path, run, monkeypatch):

@@ -7,6 +7,7 @@ import requests
 import torch
 from PIL import Image
 
+import owndata
 import samples
 import utils
 from conftest import CIFAR_CLASSES
@@ -213,14 +214,14 @@ def test_pictures_of_two_sizes_are_refused_by_name(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", size).save(tmp_path / name / "0.png")
     with pytest.raises(utils.UsageError, match="dog/0.png is 30x20 but .*cat/0.png is 32x32"):
-        utils.load_folder(tmp_path, "mine")
+        owndata.load_folder(tmp_path, "mine")
 
 
 def test_folders_with_jpegs_are_called_a_jpeg_copy(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "0.jpg")
-    assert utils.load_folder(tmp_path, "CIFAR-10").source == "JPEG copy"
+    assert owndata.load_folder(tmp_path, "CIFAR-10").source == "JPEG copy"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import files
+import owndata
 import utils
 
 pytestmark = pytest.mark.faults
@@ -433,11 +434,11 @@ def test_a_truncated_image_is_named(tmp_path, tally, capsys):
     cut(root / "cat" / "1.png")
     (root / "dog" / "2.png").write_text("not an image")
     with pytest.raises(utils.UsageError, match="cat/1.png cannot be read as an image .*1 more"):
-        utils.load_folder(root, "mine")
-    dataset = utils.load_folder(root, "mine", skip_unreadable=True)
+        owndata.load_folder(root, "mine")
+    dataset = owndata.load_folder(root, "mine", skip_unreadable=True)
     out = capsys.readouterr().out
     assert "cat/1.png" in out and "dog/2.png cannot be read as an image (not an image file)" in out
-    whole = utils.load_folder(folders(tmp_path / "again"), "mine")
+    whole = owndata.load_folder(folders(tmp_path / "again"), "mine")
     kept = [0, 2, 3, 4]
     same = torch.equal(dataset.images, whole.images[kept])
     tally.add("faults", survived=same and dataset.labels.tolist() == [0, 0, 1, 1])
@@ -449,7 +450,7 @@ def test_a_truncated_jpeg_is_refused(tmp_path, tally):
     Image.fromarray(photograph).save(root / "cat" / "9.jpg")
     cut(root / "cat" / "9.jpg")
     with pytest.raises(utils.UsageError, match="9.jpg cannot be read .*truncated"):
-        utils.load_folder(root, "mine")
+        owndata.load_folder(root, "mine")
     tally.add("faults")
 
 
@@ -458,7 +459,7 @@ def test_nothing_that_could_be_read(tmp_path):
     for name in ("cat", "dog"):
         (root / name / "0.png").write_text("not an image")
     with pytest.raises(utils.UsageError, match="No image could be read"):
-        utils.load_folder(root, "mine", skip_unreadable=True)
+        owndata.load_folder(root, "mine", skip_unreadable=True)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +475,7 @@ def test_nothing_that_could_be_read(tmp_path):
 def test_folders_that_will_not_do(make, sentence, tmp_path, tally):
     make(tmp_path / "pictures")
     with pytest.raises(utils.UsageError, match=f"(?i){sentence}"):
-        utils.load_folder(tmp_path / "pictures", "mine")
+        owndata.load_folder(tmp_path / "pictures", "mine")
     tally.add("faults")
 
 
@@ -495,7 +496,7 @@ def pairs(root, count=3):
 
 
 def test_pairs_of_images_and_masks(tmp_path):
-    dataset = utils.load_pairs(*pairs(tmp_path))
+    dataset = owndata.load_pairs(*pairs(tmp_path))
     assert dataset.images.shape == (3, 3, 10, 12) and dataset.labels.shape == (3, 10, 12)
     random = np.random.default_rng(0)
     random.integers(256, size=(10, 12, 3), dtype=np.uint8)
@@ -538,7 +539,7 @@ def test_pairs_that_will_not_do(spoil, sentence, tmp_path, tally):
     arguments = pairs(tmp_path)
     spoil(tmp_path)
     with pytest.raises(utils.UsageError, match=sentence):
-        utils.load_pairs(*arguments)
+        owndata.load_pairs(*arguments)
     tally.add("faults")
 
 
@@ -550,7 +551,7 @@ def test_npz_in_three_layouts(tmp_path):
     layouts = {"nchw": images, "nhwc": images.transpose(0, 2, 3, 1), "grey": images[:, 0]}
     for layout, array in layouts.items():
         np.savez_compressed(tmp_path / f"{layout}.npz", images=array, labels=np.arange(6) % 2)
-        dataset = utils.load_npz(tmp_path / f"{layout}.npz", "mine", ("a", "b"))
+        dataset = owndata.load_npz(tmp_path / f"{layout}.npz", "mine", ("a", "b"))
         expected = images[:, :1] if layout == "grey" else images
         assert (dataset.images.numpy() == expected).all() and dataset.labels.dtype == torch.int64
 
@@ -572,16 +573,16 @@ def test_npz_files_that_will_not_do(arrays, sentence, tmp_path, tally):
     good = dict(images=np.zeros((4, 8, 8), np.uint8), labels=np.array([0, 1, 0, 1]))
     np.savez(tmp_path / "mine.npz", **{**good, **arrays})
     with pytest.raises(utils.UsageError, match=sentence):
-        utils.load_npz(tmp_path / "mine.npz", "mine", ("a", "b"))
+        owndata.load_npz(tmp_path / "mine.npz", "mine", ("a", "b"))
     tally.add("faults")
 
 
 def test_an_array_that_is_missing_is_named(tmp_path):
     np.savez(tmp_path / "mine.npz", x=np.zeros(3), labels=np.zeros(3))
     with pytest.raises(utils.UsageError, match="no array called images: it has x, labels"):
-        utils.load_npz(tmp_path / "mine.npz", "mine", ("a", "b"))
+        owndata.load_npz(tmp_path / "mine.npz", "mine", ("a", "b"))
     with pytest.raises(utils.UsageError, match="cannot be read as npz .*No such file"):
-        utils.load_npz(tmp_path / "other.npz", "mine", ("a", "b"))
+        owndata.load_npz(tmp_path / "other.npz", "mine", ("a", "b"))
 
 
 # ---- a data set that does not go with the model

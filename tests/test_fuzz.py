@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import files
+import owndata
 import utils
 
 pytestmark = pytest.mark.faults
@@ -147,11 +148,11 @@ def test_png(count, tmp_path, tally):
         (tmp_path / name).mkdir()
         Image.fromarray(photograph[place : place + 24, :24]).save(tmp_path / name / "0.png")
     file = tmp_path / "cat" / "0.png"
-    original, expected = file.read_bytes(), utils.load_folder(tmp_path, "mine")
+    original, expected = file.read_bytes(), owndata.load_folder(tmp_path, "mine")
 
     def attempt(content):
         file.write_bytes(content)
-        found = utils.load_folder(tmp_path, "mine")
+        found = owndata.load_folder(tmp_path, "mine")
         return torch.equal(found.images, expected.images)
 
     try_all(original, count, attempt, tally)
@@ -163,11 +164,11 @@ def test_npz(save, count, tmp_path, tally):
     file = tmp_path / "mine.npz"
     images = skimage.data.astronaut()[:32, :256].reshape(32, 8, 32, 3).transpose(1, 0, 2, 3)
     save(file, images=images, labels=np.arange(8) % 2)
-    original, expected = file.read_bytes(), utils.load_npz(file, "mine", ("a", "b"))
+    original, expected = file.read_bytes(), owndata.load_npz(file, "mine", ("a", "b"))
 
     def attempt(content):
         file.write_bytes(content)
-        found = utils.load_npz(file, "mine", ("a", "b"))
+        found = owndata.load_npz(file, "mine", ("a", "b"))
         same = torch.equal(found.images, expected.images)
         return same and torch.equal(found.labels, expected.labels)
 

@@ -8,6 +8,7 @@ import torch
 
 import report
 import utils
+from conftest import ROOT
 
 FIELDS = """run best_accuracy best_epoch final_accuracy official_test_accuracy train_seconds dataset
 source split model parameters epochs batch_size optimizer schedule evaluation_seconds device
@@ -83,6 +84,20 @@ def test_figures_are_drawn_again_from_the_results(recorded, tmp_path):
     (folder / "mnist.png").unlink()
     report.redraw(folder)
     assert (folder / "mnist.png").read_bytes() == before
+
+
+def test_the_readme_says_what_the_faults_came_to():
+    counts = json.loads((ROOT / "figures" / "faults.json").read_text(encoding="utf-8"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for words in (
+        "{kills:,} processes killed",
+        "{inputs:,} damaged files",
+        "{faults:,} other faults",
+    ):
+        assert words.format(**counts) in readme
+    assert counts["machine"].partition(",")[0] in readme
+    assert counts["kills"] >= 50 and counts["inputs"] >= 2000
+    assert counts["lost"] == counts["failed_tests"] == 0
 
 
 def test_pictures_of_odd_data_sets(monkeypatch):
