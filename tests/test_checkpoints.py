@@ -357,7 +357,7 @@ def test_a_cell_that_is_stopped_in_jupyter_is_no_error(tmp_path, tally):
 
         def look(message):
             shown.append(str(message["content"].get("data", message["content"].get("text", ""))))
-            if "epoch 2/1000" in shown[-1]:
+            if "epoch 3/1000" in shown[-1]:  # before it is saved
                 kernel.interrupt_kernel()
 
         code = f"import victim; history, _ = victim.fit({str(tmp_path)!r}, epochs=1000)"
