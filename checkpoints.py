@@ -260,6 +260,17 @@ def _set_random_state(state: dict) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
+def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | None = None) -> None:
+    """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite."""
+    finite = int(totals[3])
+    if finite < step:
+        raise FloatingPointError(f"The loss of epoch {epoch}, step {finite + 1} is not finite")
+    state = model.state_dict() if model else {}
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise FloatingPointError(f"After epoch {epoch}, step {step}, {name} is not finite")
+
+
 @contextlib.contextmanager
 def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkpoint | None):
     """What training runs in: whatever stops it, a plain sentence, and nothing is lost.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from files import UsageError, write_whole
-from utils import NOT_PUBLISHED, ROOT, Batches, Dataset, History, Settings, dtype_name
+from utils import NOT_PUBLISHED, ROOT, Batches, Dataset, Epoch, History, Settings, dtype_name
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
 WRITE_UP = {
@@ -171,35 +171,53 @@ def load_records(folder: Path) -> list[dict]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
+def draw_curves(
+    history: Sequence, title: str, source: str, epochs: int, height: float = 3.6
+) -> plt.Figure:
+    """Accuracy against epoch, of a whole run or of one that is under way, with the score to beat.
+
+    Colours of Okabe and Ito, which colour-blind readers can tell apart; markers differ in print.
+    """
+    old = write_up({"run": title, "source": source})
+    x = [e.epoch for e in history]
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    plt.close(figure)  # it is shown by whoever asked for it, not by the notebook as well
+    style = dict(markevery=max(1, len(x) // 10), markersize=5)
+    validation = [e.validation_accuracy for e in history]
+    axes.plot(x, validation, "o-", color="#0072B2", label="validation, the 20% split", **style)
+    training = [e.accuracy for e in history]
+    axes.plot(x, training, "s:", color="#E69F00", label="training, as met", **style)
+    best = max(history, key=lambda e: e.validation_accuracy)
+    star = dict(color="#D55E00", markersize=13, label=f"best, {best.validation_accuracy:.2f}%")
+    axes.plot(best.epoch, best.validation_accuracy, "*", **star)
+    if old:
+        label = f"the write-up's best, {old['best']:.2f}%"
+        axes.axhline(old["best"], color="black", ls="--", lw=1, label=label)
+    axes.set(title=f"{title}: accuracy against epoch", xlabel="epoch", ylabel="accuracy, %")
+    axes.set_xlim(0.5, epochs + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
 def draw_history(record: dict) -> plt.Figure:
     """Accuracy against epoch for one record, its facts and the write-up's in the caption."""
-    history, old = record["history"], write_up(record)
-    epochs = [e["epoch"] for e in history]
-    training, validation = ([e[k] for e in history] for k in ("accuracy", "validation_accuracy"))
-    best = record["best_epoch"], record["best_accuracy"]
-    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
-    style = dict(markevery=max(1, len(epochs) // 10), markersize=5)
-    axes.plot(epochs, validation, "o-", color="#0072B2", label="validation, the 20% split", **style)
-    axes.plot(epochs, training, "s:", color="#E69F00", label="training, as met", **style)
-    axes.plot(*best, "*", color="#D55E00", markersize=13, label="best")
+    history, old = [Epoch(**e) for e in record["history"]], write_up(record)
+    figure = draw_curves(history, record["run"], record["source"], record["epochs"], height=4.8)
     caption = (
         f"{record['dataset']} ({record['source']}) on {record['device']}, {record['precision']}.\n"
         f"Run time {duration(record['train_seconds'])} for {record['epochs']} epochs. "
-        f"Best score {best[1]:.2f}% at epoch {best[0]}, "
+        f"Best score {record['best_accuracy']:.2f}% at epoch {record['best_epoch']}, "
         f"final score {record['final_accuracy']:.2f}%."
     )
     if old:
-        axes.axhline(old["best"], color="black", ls="--", lw=1, label="the write-up's best")
         caption += (
             f"\nWrite-up: {old['minutes']:.0f} min for {old['epochs']} epochs. "
             f"Best score {old['best']:.2f}% at epoch {old['best_epoch']}, "
             f"final score {old['final']:.2f}%."
         )
-    axes.set(title=f"{record['run']}: accuracy against epoch", ylabel="accuracy, %")
-    axes.set_xlabel(f"epoch\n\n{caption}", fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.axes[0].set_xlabel(f"epoch\n\n{caption}", fontsize=9)
     return figure
 
 

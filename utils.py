@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import files
-from checkpoints import Checkpoint, facts_of, guarded, out_of_memory
+from checkpoints import Checkpoint, facts_of, guarded, out_of_memory, require_finite
 from files import UsageError
+from progress import Progress
 
 ROOT = Path(__file__).resolve().parent
 DIGITS = tuple("0123456789")
@@ -481,7 +482,9 @@ def train(
     classes = check_fit(model, batches, run)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)  # see _tally
-    history, progress = History(), Progress(epochs, len(batches), run)
+    history, title = History(), checkpoint.path.stem if checkpoint else type(model).__name__
+    source = getattr(getattr(batches, "dataset", None), "source", "own")
+    progress = Progress(title, source, epochs, len(batches), run.device)
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
         others = dict(batches=batches, validation=validation, precision=run.precision)
@@ -521,9 +524,10 @@ def train(
             loss_sum, correct, count, _ = totals.tolist()
             scores = loss_sum / count, 100 * correct / count, score
             history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
-            progress.epoch(history[-1])
+            progress.epoch(history)
             if checkpoint:
                 checkpoint.save(history, history.made, images[:2])
+    progress.plot(history)
     return history
 
 
@@ -569,17 +573,6 @@ def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
         return False
     best = max(history, key=lambda e: e.validation_accuracy)
     return len(history) - best.epoch >= patience
-
-
-def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | None = None) -> None:
-    """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite."""
-    finite = int(totals[3])
-    if finite < step:
-        raise FloatingPointError(f"The loss of epoch {epoch}, step {finite + 1} is not finite")
-    state = model.state_dict() if model else {}
-    for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise FloatingPointError(f"After epoch {epoch}, step {step}, {name} is not finite")
 
 
 def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
@@ -639,64 +632,6 @@ def clock(run: Settings) -> float:
     if run.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-class Progress:
-    """Shows a run as it goes: in place in a notebook, as a line per epoch in a script.
-
-    The report every 25 iterations shows totals that were copied on their way at the report before,
-    so it never waits for the device; it is drawn every two seconds at most. A loss that is not
-    finite raises there.
-    """
-
-    def __init__(self, epochs: int, steps: int, run: Settings):
-        self.epochs, self.steps = epochs, steps
-        self.totals = torch.zeros(4, dtype=torch.float64, pin_memory=run.device.type == "cuda")
-        self.copied = torch.cuda.Event() if run.device.type == "cuda" else None
-        self.place, self.display, self.shown = None, None, 0.0
-
-    def step(self, epoch: int, step: int, totals: Tensor) -> None:
-        """Every 25 iterations: mean loss and accuracy of the epoch so far."""
-        arrived = self.copied is None or self.copied.query()
-        if self.place and arrived:
-            require_finite(*self.place, self.totals)
-        if self.place and arrived and time.perf_counter() - self.shown > 2:
-            loss, correct, count, _ = self.totals.tolist()
-            scores = f"loss {loss / count:.4f}, training {100 * correct / count:.2f}%"
-            at = f"epoch {self.place[0]}/{self.epochs}, step {self.place[1]}/{self.steps}"
-            self._show(f"{at}: {scores}", final=False)
-        self.place = epoch, step
-        self.totals.copy_(totals, non_blocking=True)
-        if self.copied is not None:
-            self.copied.record()
-
-    def epoch(self, e: Epoch) -> None:
-        """After every epoch: its seconds, loss and accuracies."""
-        scores = f"training {e.accuracy:.2f}%, validation {e.validation_accuracy:.2f}%"
-        line = f"epoch {e.epoch}/{self.epochs}: {e.seconds:.1f} s, loss {e.loss:.4f}, {scores}"
-        self._show(line, final=True)
-
-    def _show(self, text: str, final: bool) -> None:
-        self.shown = time.perf_counter()
-        if not _in_notebook():
-            if sys.stdout.isatty():
-                print(f"\r{text:<99}", end="\n" if final else "", flush=True)
-            elif final:
-                print(text, flush=True)
-            return
-        from IPython.display import display
-
-        message = {"text/plain": text}
-        if self.display is None:
-            self.display = display(message, raw=True, display_id=True)
-        else:
-            self.display.update(message, raw=True)
-
-
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
 
 
 # -------------------------------------------------------------------------------------- scores

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import progress
 import utils
 
 
@@ -114,18 +115,18 @@ def test_ignored_pixels_count_for_neither_loss_nor_score(run):
 def test_the_report_every_25_iterations(run, monkeypatch):
     reports = []
     monkeypatch.setattr(
-        utils.Progress, "step", lambda self, epoch, step, totals: reports.append((epoch, step))
+        progress.Progress, "step", lambda self, epoch, step, totals: reports.append((epoch, step))
     )
     fit(run, epochs=2, batches=utils.Batches(toy(), 4, run, shuffle=True))
     assert reports == [(1, 25), (1, 50), (2, 25), (2, 50)]
 
 
 def test_a_report_says_where_its_numbers_are_from(run, monkeypatch, capsys):
-    monkeypatch.setattr(utils.Progress, "_show", lambda self, text, final: print(text))
-    progress = utils.Progress(2, 60, run)
+    monkeypatch.setattr(progress.Progress, "_line", lambda self, text, final: print(text))
+    shown = progress.Progress("toy", "own", 2, 60, run.device)
     reports = [(1, 25, (50.0, 20, 100, 25)), (1, 50, (80.0, 90, 200, 50)), (2, 25, (1.0, 1, 1, 25))]
     for epoch, step, totals in reports:
-        progress.step(epoch, step, torch.tensor(totals, dtype=torch.float64))
+        shown.step(epoch, step, torch.tensor(totals, dtype=torch.float64))
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/2, step 25/60: loss 0.5000, training 20.00%",
         "epoch 1/2, step 50/60: loss 0.4000, training 45.00%",

@@ -15,6 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import files  # noqa: E402
+import progress  # noqa: E402
 import utils  # noqa: E402
 
 EPOCHS = 6
@@ -144,7 +145,7 @@ def kill_at(place, count):
     elif place == "in validation":
         before(nn.Dropout, "forward", lambda layer, x: not layer.training and len(x) > 2)
     elif place == "between epochs":
-        before(utils.Progress, "epoch")
+        before(progress.Progress, "epoch")
     elif place == "before the save":
         before(torch, "save")
     elif place == "with half a file written":
