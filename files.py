@@ -270,30 +270,42 @@ def check_cifar10(folder: Path) -> None:
             )
 
 
-def read_image(path: str | Path, mode: str | None = "RGB") -> np.ndarray:
+def read_image(
+    path: str | Path, mode: str | None = "RGB", size: tuple[int, int] | None = None
+) -> np.ndarray:
     """An image file as uint8: (H, W, 3), or (H, W) for mode L, or as it is stored for None.
 
-    A file that Pillow can't read to its end, or a PNG whose checksums are wrong, is refused.
+    With `size`, (width, height), it is resized: smoothly, or for None, whose values may be class
+    indices, to the nearest pixel. A file that Pillow can't read to its end, or a PNG whose
+    checksums are wrong, is refused.
     """
     try:
         with Image.open(path) as image:
             image.verify()  # the checksums of a PNG, which decoding it does not read
         with Image.open(path) as image:
             image.load()
-            return np.array(image if mode in (None, image.mode) else image.convert(mode))
+            if mode not in (None, image.mode):
+                image = image.convert(mode)
+            if size is not None and size != image.size:
+                way = Image.Resampling.NEAREST if mode is None else Image.Resampling.BILINEAR
+                image = image.resize(size, way)
+            return np.array(image)
     except Exception as error:  # Pillow's readers raise nearly everything for broken files
         why = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else None
         raise UsageError(f"{path} cannot be read as an image ({why or reason(error)}).") from None
 
 
 def read_images(
-    paths: Sequence[str | Path], mode: str | None = "RGB", skip_unreadable: bool = False
+    paths: Sequence[str | Path],
+    mode: str | None = "RGB",
+    size: tuple[int, int] | None = None,
+    skip_unreadable: bool = False,
 ) -> tuple[list[np.ndarray], list[int]]:
     """(images, their places in `paths`); an unreadable one is refused, or named and left out."""
 
     def attempt(path) -> np.ndarray | UsageError:
         try:
-            return read_image(path, mode)
+            return read_image(path, mode, size)
         except UsageError as error:
             return error
 

@@ -5,26 +5,68 @@ What does not fit gets one sentence, before anything is trained on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor
 
 import files
-from utils import Dataset, UsageError
+from utils import IGNORE, Dataset, UsageError, split
 
 
-def load_folder(folder: Path, name: str, skip_unreadable: bool = False) -> Dataset:
-    """Images of one size, in one folder per class; `source` tells JPEGs from other files."""
+def load_pictures(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:
+    """Images in one folder per class, as (training, test).
+
+    Folders train/ and test/ in it are the two; without them, a fifth is held out for testing.
+    """
+    parts = [folder / "train", folder / "test"]
+    if all(part.is_dir() for part in parts):
+        training, test = (load_folder(part, folder.name, size) for part in parts)
+        if training.classes != test.classes:
+            raise UsageError(f"{parts[0]} and {parts[1]} must have folders of the same names.")
+        return training, test
+    return split(load_folder(folder, folder.name, size), share=0.2, seed=1)
+
+
+def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:
+    """Pairs in images/ and masks/, or in both of train/ and test/, as (training, test).
+
+    The names of the classes are the lines of classes.txt, or "class 0" and so on.
+    """
+    names = folder / "classes.txt"
+    classes = names.read_text(encoding="utf-8").split("\n") if names.exists() else []
+    classes = [name.strip() for name in classes if name.strip()] or None
+    parts = [folder / "train", folder / "test"]
+    if not all(part.is_dir() for part in parts):
+        pairs = load_pairs(folder / "images", folder / "masks", folder.name, classes, size)
+        return split(pairs, share=0.2, seed=1)
+    training, test = (
+        load_pairs(part / "images", part / "masks", folder.name, classes, size) for part in parts
+    )
+    if training.classes != test.classes:
+        raise UsageError(
+            f"{folder} needs classes.txt: the masks of its two parts differ in classes."
+        )
+    return training, test
+
+
+def load_folder(
+    folder: Path, name: str, size: int | None = None, skip_unreadable: bool = False
+) -> Dataset:
+    """Images in one folder per class, grey or in colour, brought to size x size pixels.
+
+    Without a size they must be of one. `source` tells JPEGs from other files.
+    """
     try:
         found = torchvision.datasets.ImageFolder(folder)
     except FileNotFoundError as error:  # no folder, no class in it, or nothing in a class
         raise UsageError(f"{folder} needs a folder of images for each class: {error}.") from None
     paths, labels = [Path(path) for path, _ in found.samples], torch.tensor(found.targets)
-    images, kept = files.read_images(paths, skip_unreadable=skip_unreadable)
+    images, kept = files.read_images(paths, "RGB", size and (size, size), skip_unreadable)
     jpeg = any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths)
     source = "JPEG copy" if jpeg else "PNG folders"
     return Dataset(
@@ -32,10 +74,17 @@ def load_folder(folder: Path, name: str, skip_unreadable: bool = False) -> Datas
     )
 
 
-def load_pairs(images: Path, masks: Path, name: str, classes: Sequence[str]) -> Dataset:
-    """Images and their label maps, of one size, from two folders: matched by stem.
+def load_pairs(
+    images: Path,
+    masks: Path,
+    name: str,
+    classes: Sequence[str] | None = None,
+    size: int | None = None,
+    ignore: int = IGNORE,
+) -> Dataset:
+    """Images and their label maps from two folders, matched by stem, brought to size x size pixels.
 
-    A mask's pixels are class indices, or a palette's; 255 is ignored.
+    A mask's pixels are class indices, or a palette's; `ignore` is neither learned nor scored.
     """
     paths = []
     for folder in (Path(images), Path(masks)):
@@ -51,18 +100,31 @@ def load_pairs(images: Path, masks: Path, name: str, classes: Sequence[str]) -> 
         more = f", nor have {len(alone) - 1} more" if len(alone) > 1 else ""
         raise UsageError(f"{counts}: {alone[0]} has no counterpart{more}.")
     pictures, maps = ([part[stem] for stem in sorted(part)] for part in paths)
-    pixels = files.read_images(pictures)[0]
-    labels = files.read_images(maps, mode=None)[0]
-    for path, label, pixel in zip(maps, labels, pixels, strict=True):
-        if label.dtype != np.uint8 or label.shape != pixel.shape[:2]:
-            need = f"{pixel.shape[1]}x{pixel.shape[0]} class indices of one byte, as its image has"
-            has = f"{'x'.join(map(str, label.shape[1::-1]))} of {label.dtype}, {label.ndim} axes"
-            raise UsageError(f"{path} must be {need}, not {has}.")
+    _compare_sizes(pictures, maps)
+    both = size and (size, size)
+    pixels = files.read_images(pictures, "RGB", both)[0]
+    labels = files.read_images(maps, None, both)[0]
+    for path, label in zip(maps, labels, strict=True):
+        if label.dtype != np.uint8 or label.ndim != 2:
+            has = f"{label.ndim} axes of {label.dtype}"
+            raise UsageError(f"{path} must hold class indices of one byte a pixel, not {has}.")
     labels = _stack([label[:, :, None] for label in labels], maps)[:, 0]
-    return Dataset(name, "own", _stack(pixels, pictures), labels, tuple(classes))
+    return Dataset(name, "own", _stack(pixels, pictures), *_classes(labels, classes, ignore))
 
 
-def load_npz(path: Path, name: str, classes: Sequence[str]) -> Dataset:
+def _compare_sizes(pictures: Sequence[Path], maps: Sequence[Path]) -> None:
+    """Refuse a mask that is not as large as its image; only the files' headers are read."""
+    for picture, mask in zip(pictures, maps, strict=True):
+        try:
+            with Image.open(picture) as one, Image.open(mask) as other:
+                sizes = ["x".join(map(str, image.size)) for image in (one, other)]
+        except Exception:  # a file that is no image is named when it is read
+            continue
+        if sizes[0] != sizes[1]:
+            raise UsageError(f"{mask} is {sizes[1]} but its image {picture} is {sizes[0]}.")
+
+
+def load_npz(path: Path, name: str, classes: Sequence[str] | None = None) -> Dataset:
     """A file's `images`, uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), and `labels`, integers."""
     images, labels = files.read_npz(path, ["images", "labels"])
     if images.dtype != np.uint8 or labels.dtype.kind not in "iu":
@@ -73,7 +135,36 @@ def load_npz(path: Path, name: str, classes: Sequence[str]) -> Dataset:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] > 4 and images.shape[3] in (1, 3, 4):
         images = images.permute(0, 3, 1, 2)
-    return Dataset(name, "own", images.contiguous(), labels, tuple(classes))
+    return Dataset(name, "own", images.contiguous(), *_classes(labels, classes))
+
+
+def from_torchvision(
+    dataset: Iterable, name: str, classes: Sequence[str] | None = None, size: int = 32
+) -> Dataset:
+    """What yields (PIL image, class or PIL mask), torchvision.datasets.VOCSegmentation say."""
+    images, labels = [], []
+    for image, label in dataset:
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        images.append(np.array(image))
+        if isinstance(label, Image.Image):
+            label = np.array(label.resize((size, size), Image.Resampling.NEAREST))
+        labels.append(label)
+    if not images:
+        raise UsageError(f"{name}: there are no images.")
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(np.stack(labels))
+    return Dataset(name, "own", pixels, *_classes(labels, classes))
+
+
+def _classes(
+    labels: Tensor, classes: Sequence[str] | None, ignore: int = IGNORE
+) -> tuple[Tensor, tuple[str, ...]]:
+    """(labels with IGNORE for `ignore`, names of the classes: those given, or numbers)."""
+    if ignore != IGNORE:
+        labels = torch.where(labels == ignore, IGNORE, labels).to(labels.dtype)
+    counted = labels[labels != IGNORE]
+    highest = int(counted.max()) if counted.numel() else 0
+    return labels, tuple(classes or (f"class {number}" for number in range(highest + 1)))
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> Tensor:

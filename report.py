@@ -20,8 +20,19 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from files import UsageError, write_whole
-from utils import NOT_PUBLISHED, ROOT, Batches, Dataset, Epoch, History, Settings, dtype_name
+from files import UsageError, read_image, write_whole
+from utils import (
+    IGNORE,
+    NOT_PUBLISHED,
+    ROOT,
+    Batches,
+    Dataset,
+    Epoch,
+    History,
+    PixelScores,
+    Settings,
+    dtype_name,
+)
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
 WRITE_UP = {
@@ -221,6 +232,18 @@ def draw_history(record: dict) -> plt.Figure:
     return figure
 
 
+def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
+    """A table of (name, score, threshold, history): passed or not, and whether trained just now."""
+    lines = [f"{'threshold':<16}{'score %':>9}{'needed %':>10}   {'result':<8}  how"]
+    for name, score, needed, history in rows:
+        how = f"trained now, {len(history)} epochs"
+        if history.loaded:
+            how = f"{history.loaded} of {len(history)} epochs loaded from a checkpoint"
+        result = "passed" if score >= needed else "NOT passed"
+        lines.append(f"{name:<16}{score:>9.2f}{needed:>10.2f}   {result:<10}{how}")
+    return "\n".join(lines)
+
+
 def duration(seconds: float) -> str:
     """Seconds up to two minutes, minutes from there."""
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
@@ -250,6 +273,15 @@ def summary(records: Sequence[dict]) -> str:
 
 
 # ------------------------------------------------------------------------------------ pictures
+
+
+def class_counts(dataset: Dataset) -> str:
+    """How many images, or pixels, each class has."""
+    labels = dataset.labels[dataset.labels != IGNORE]
+    counts = torch.bincount(labels.flatten().long(), minlength=len(dataset.classes))
+    unit = "pixels" if dataset.labels.ndim == 3 else "images"
+    rows = [f"{name}: {n:,}" for name, n in zip(dataset.classes, counts.tolist(), strict=True)]
+    return f"{unit} of each class: " + ", ".join(rows)
 
 
 def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> None:
@@ -286,6 +318,121 @@ def show_mistakes(
     names, sure = dataset.classes, (100 * probabilities).round().int()
     titles = [f"{names[guesses[i]]}, {sure[i]}%\nis {names[dataset.labels[i]]}" for i in worst]
     show_images(dataset.images[worst], titles)
+
+
+def show_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
+    """A confusion matrix, int64 (classes, classes), rows the truth: each row in percent."""
+    share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    n = len(classes)
+    figure, axes = plt.subplots(figsize=(2 + 0.38 * n, 1.2 + 0.38 * n), layout="constrained")
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(n), classes, rotation=90, fontsize=8)
+    axes.set_yticks(range(n), classes, fontsize=8)
+    axes.set(xlabel="prediction", ylabel="truth", title="percent of each class")
+    for row, column in (share >= 0.5).nonzero().tolist():
+        value = share[row, column].item()
+        colour = "white" if value > 50 else "black"
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    plt.show()
+
+
+def confusion_of(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
+    """The confusion matrix, int64 (classes, classes), of labels and guesses of one shape."""
+    counted = labels != IGNORE
+    pairs = labels[counted].long() * classes + guesses[counted].long()
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+def show_class_scores(scores: PixelScores, classes: Sequence[str]) -> None:
+    """Accuracy and, for label maps, intersection over union of every class, as bars."""
+    figure, axes = plt.subplots(figsize=(0.45 * len(classes) + 2, 3.4), layout="constrained")
+    x = np.arange(len(classes))
+    axes.bar(x - 0.2, scores.class_accuracy, 0.4, color="#0072B2", label="accuracy")
+    axes.bar(x + 0.2, scores.class_iou, 0.4, color="#E69F00", hatch="//", label="IoU")
+    axes.axhline(scores.mean_iou, color="black", ls="--", lw=1, label="mean IoU")
+    axes.set_xticks(x, classes, rotation=90, fontsize=8)
+    axes.set(ylabel="%", ylim=(0, 100), title="class by class")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    plt.show()
+
+
+def show_filters(convolution: nn.Conv2d, columns: int = 16) -> None:
+    """What a first convolution learned: its filters, each from its lowest weight to its highest."""
+    weights = convolution.weight.detach().float().cpu()
+    low, high = weights.amin((1, 2, 3), True), weights.amax((1, 2, 3), True)
+    pictures = (255 * (weights - low) / (high - low).clamp(min=1e-9)).to(torch.uint8)
+    show_images(pictures, [""] * len(pictures), columns=min(columns, len(pictures)))
+
+
+@torch.inference_mode()
+def path_shares(model: nn.Module, images: Tensor) -> list[float]:
+    """What each ResBlock's path adds to its skip: its part of the two, in percent, for a batch.
+
+    Root mean squares of what is added: 0 is a block that passes its input on, 50 one whose path and
+    skip weigh the same.
+    """
+    blocks = [m for m in model.modules() if hasattr(m, "path") and hasattr(m, "skip")]
+    sizes: dict[nn.Module, float] = {}
+
+    def remember(module, inputs, output):
+        sizes[module] = output.float().square().mean().sqrt().item()
+
+    parts = [part for block in blocks for part in (block.path, block.skip)]
+    hooks = [part.register_forward_hook(remember) for part in parts]
+    try:
+        model.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [100 * sizes[b.path] / (sizes[b.path] + sizes[b.skip]) for b in blocks]
+
+
+def show_path_shares(shares: Mapping[str, Sequence[float]]) -> None:
+    """`path_shares` of one or several models, by name, block after block."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    markers, colours = "osD^v", ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+    for number, (name, share) in enumerate(shares.items()):
+        style = dict(marker=markers[number % 5], color=colours[number % 5], label=name)
+        axes.plot(range(1, len(share) + 1), share, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="ResBlock, from the input on", ylabel="%", ylim=(0, 100))
+    axes.set_title("what the path adds, beside the skip")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    plt.show()
+
+
+@torch.inference_mode()
+def show_prediction(
+    model: nn.Module, picture: str | Path | Tensor, dataset: Dataset, statistics, run: Settings
+) -> None:
+    """The five likeliest classes of an image file of your own, or its label map over it.
+
+    The file, or an image uint8 (C, H, W), is brought to the size and the channels of `dataset`'s.
+    """
+    channels, height, width = dataset.images.shape[1:]
+    if not isinstance(picture, Tensor):
+        mode, size = ("L", "RGB")[channels == 3], (width, height)
+        pixels = read_image(picture, mode, size).reshape(height, width, channels)
+        picture = torch.from_numpy(pixels).permute(2, 0, 1)
+    batch = Dataset("picture", "own", picture[None], torch.zeros(1).long(), dataset.classes)
+    images, _ = next(iter(Batches(batch, 1, run, statistics)))
+    probability = model.eval()(images).float().softmax(1)[0].cpu()
+    if probability.ndim == 3:
+        label = probability.argmax(0)[None]
+        scene = Dataset("picture", "own", picture[None], label, dataset.classes)
+        show_scenes(scene, {"prediction": label}, count=1)
+        return
+    likeliest = probability.topk(min(5, len(dataset.classes)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6, 2.2), layout="constrained")
+    left.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
+    left.axis("off")
+    names = [dataset.classes[c] for c in likeliest.indices]
+    right.barh(range(len(names)), 100 * likeliest.values, color="#0072B2")
+    right.set_yticks(range(len(names)), names, fontsize=8)
+    right.invert_yaxis()
+    right.set(xlabel="probability, %", xlim=(0, 100))
+    plt.show()
 
 
 def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) -> None:

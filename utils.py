@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -56,6 +57,10 @@ class Settings:
     device: torch.device
     precision: torch.dtype  # of the matrix products; weights and sums stay float32
     graphs: bool = False  # on CUDA, replay training steps as graphs
+    pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
+    scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
+    size: int = 32  # the side that your own scenes are brought to
+    pass_mark: float | None = None  # in place of the notebooks' thresholds
 
     def pick(self, full, quick):
         """The value that belongs to the profile."""
@@ -64,6 +69,10 @@ class Settings:
     def epochs(self, full: int, quick: int) -> int:
         """The profile's number of epochs, capped by EPOCHS."""
         return min(self.pick(full, quick), self.epochs_cap or sys.maxsize)
+
+    def threshold(self, default: float) -> float:
+        """The percentage to be graded by: THRESHOLD where it is set."""
+        return default if self.pass_mark is None else self.pass_mark
 
     @property
     def figures(self) -> Path:
@@ -83,6 +92,8 @@ class Settings:
         data = self.pick(f"the full data in {_short(self.data_dir)}", "the sample data, no network")
         autocast = "" if self.precision == torch.float32 else " autocast"
         graphs = ", steps replayed as CUDA graphs" if self.graphs else ""
+        own = ", ".join(str(folder) for folder in (self.pictures, self.scenes) if folder)
+        data = f"{data}, and your own in {own}" if own else data
         cap = f", at most {self.epochs_cap} epochs" if self.epochs_cap else ""
         return (
             f"profile    {self.profile}: {data}{cap}\n"
@@ -98,14 +109,24 @@ def settings(
     graphs: bool = False,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """Read PROFILE, EPOCHS, DATA_DIR and CHECKPOINT_DIR; choose device and precision."""
+    """Read the README's variables from the environment; choose device and precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     profile = environ.get("PROFILE") or ("full" if device.type == "cuda" else "quick")
     if profile not in ("full", "quick"):
         raise UsageError(f"PROFILE is {profile!r}: set it to full or quick, or leave it unset.")
-    cap = environ.get("EPOCHS") or None
+    cap, size, mark = (environ.get(name) or None for name in ("EPOCHS", "SIZE", "THRESHOLD"))
     if cap is not None and not (cap.isdecimal() and int(cap) > 0):
         raise UsageError(f"EPOCHS is {cap!r}: set it to a whole number from 1 up, or leave it out.")
+    if size is not None and not (size.isdecimal() and int(size) > 0 and int(size) % 4 == 0):
+        raise UsageError(f"SIZE is {size!r}: set it to a multiple of 4, or leave it out.")
+    if mark is not None and not re.fullmatch(r"\d{1,2}(\.\d*)?|100", mark):
+        raise UsageError(f"THRESHOLD is {mark!r}: set it to a percentage, or leave it out.")
+    own = [
+        environ.get(name) and Path(environ[name]).expanduser() for name in ("PICTURES", "SCENES")
+    ]
+    for name, folder in zip(("PICTURES", "SCENES"), own, strict=True):
+        if folder and not folder.is_dir():
+            raise UsageError(f"{name} is {str(folder)!r}, which is no folder here.")
     data_dir, checkpoint_dir = (
         Path(environ.get(name) or ROOT / default).expanduser().resolve()
         for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints"))
@@ -115,8 +136,19 @@ def settings(
         torch.backends.cudnn.benchmark = True
     precision = precision or best_precision(device)
     graphs = graphs and device.type == "cuda"
-    cap = int(cap) if cap else None
-    return Settings(profile, data_dir, checkpoint_dir, cap, device, precision, graphs)
+    return Settings(
+        profile=profile,
+        data_dir=data_dir,
+        checkpoint_dir=checkpoint_dir,
+        epochs_cap=int(cap) if cap else None,
+        device=device,
+        precision=precision,
+        graphs=graphs,
+        pictures=own["PICTURES"],
+        scenes=own["SCENES"],
+        size=int(size or 32),
+        pass_mark=float(mark) if mark else None,
+    )
 
 
 def best_precision(device: torch.device) -> torch.dtype:
@@ -271,15 +303,20 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     """CIFAR-10 as (training, official test): 50,000 + 10,000 images of ten classes.
 
     In the full profile from torchvision's files or from image folders, cifar10/{train,test}/CLASS.
-    In the quick profile its stand-in: 3,000 + 1,000 patches of ten photographs.
+    In the quick profile its stand-in: 3,000 + 1,000 patches of ten photographs. In either, your own
+    pictures where PICTURES names their folder, brought to 32x32.
     """
+    if run.pictures:
+        import owndata  # only here: it makes data sets, so it needs this module
+
+        return owndata.load_pictures(run.pictures, size=32)
     if run.profile == "quick":
         import samples  # only here: the full profile needs none of its packages
 
         return samples.load_photographs()
     folders = [run.data_dir / "cifar10" / part for part in ("train", "test")]
     if all(folder.is_dir() for folder in folders):
-        import owndata  # only here: it makes data sets, so it needs this module
+        import owndata
 
         return tuple(owndata.load_folder(folder, "CIFAR-10") for folder in folders)
     if not (run.data_dir / "cifar-10-batches-py").is_dir():
@@ -294,7 +331,14 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
 
 
 def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
-    """MNIST-on-CIFAR-10 as (training, official test), made from the two sets above."""
+    """MNIST-on-CIFAR-10 as (training, official test), made from the two sets above.
+
+    Your own scenes where SCENES names their folder, brought to SIZE.
+    """
+    if run.scenes:
+        import owndata
+
+        return owndata.load_scenes(run.scenes, run.size)
     pairs = zip(load_mnist(run), load_cifar10(run), strict=True)
     return tuple(
         compose_scenes(digits, backgrounds, seed)
@@ -443,11 +487,12 @@ class Epoch(NamedTuple):
 
 
 class History(list):
-    """The epochs of a run, and `made`: the device, torch, commit and date that made them."""
+    """The epochs of a run; `made`: the device, torch, commit and date that made them; `loaded`: how
+    many of them came from a checkpoint."""
 
     def __init__(self, epochs: Iterable[Sequence] = (), made: Mapping[str, str] | None = None):
         super().__init__(Epoch(*epoch) for epoch in epochs)
-        self.made = dict(made or {})
+        self.made, self.loaded = dict(made or {}), len(self)
 
     def add(self, epoch: Epoch, run: Settings) -> None:
         """Append an epoch that was trained here and now."""

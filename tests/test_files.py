@@ -513,15 +513,21 @@ def resize(path, size):
     ("spoil", "sentence"),
     [
         (lambda root: (root / "masks/1.png").unlink(), "3 images in .*, 2 masks in .*: 1 has no"),
-        (lambda root: resize(root / "masks/1.png", (5, 5)), "1.png must be 12x10 .* not 5x5"),
-        (lambda root: resize(root / "images/1.jpg", (5, 5)), "1.png must be 5x5 .* not 12x10"),
+        (
+            lambda root: resize(root / "masks/1.png", (5, 5)),
+            "1.png is 5x5 but its image .*1.jpg is 12x10",
+        ),
+        (
+            lambda root: resize(root / "images/1.jpg", (5, 5)),
+            "1.png is 12x10 but its image .*1.jpg is 5x5",
+        ),
         (
             lambda root: Image.open(root / "images/1.jpg").save(root / "masks/1.png"),
             "one byte.* 3 axes",
         ),
         (
             lambda root: Image.fromarray(np.ones((10, 12), np.uint16)).save(root / "masks/1.png"),
-            "must be 12x10 class indices of one byte, .* not 12x10 of uint16",
+            "1.png must hold class indices of one byte a pixel, not 2 axes of uint16",
         ),
         (
             lambda root: Image.fromarray(np.full((10, 12), 9, np.uint8)).save(root / "masks/1.png"),
