@@ -121,12 +121,11 @@ def settings(
         raise UsageError(f"SIZE is {size!r}: set it to a multiple of 4, or leave it out.")
     if mark is not None and not re.fullmatch(r"\d{1,2}(\.\d*)?|100", mark):
         raise UsageError(f"THRESHOLD is {mark!r}: set it to a percentage, or leave it out.")
-    own = [
-        environ.get(name) and Path(environ[name]).expanduser() for name in ("PICTURES", "SCENES")
-    ]
-    for name, folder in zip(("PICTURES", "SCENES"), own, strict=True):
-        if folder and not folder.is_dir():
-            raise UsageError(f"{name} is {str(folder)!r}, which is no folder here.")
+    own = {}
+    for name in ("PICTURES", "SCENES"):
+        own[name] = Path(environ[name]).expanduser() if environ.get(name) else None
+        if own[name] and not own[name].is_dir():
+            raise UsageError(f"{name} is {environ[name]!r}, which is no folder here.")
     data_dir, checkpoint_dir = (
         Path(environ.get(name) or ROOT / default).expanduser().resolve()
         for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints"))
