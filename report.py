@@ -32,6 +32,7 @@ from utils import (
     PixelScores,
     Settings,
     dtype_name,
+    rank,
 )
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
@@ -157,6 +158,8 @@ def record_run(
 
 def save_record(record: dict, folder: Path) -> None:
     """Draw a record and put it into folder/results.json, unless a run of more epochs is there."""
+    if rank() > 0:  # of several processes, one saves
+        return
     figure = draw_history(record)
     folder.mkdir(parents=True, exist_ok=True)
     records = {old["run"]: old for old in load_records(folder)}

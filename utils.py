@@ -10,6 +10,8 @@ your own is owndata.py's; files.py downloads and checks, checkpoints.py goes on 
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import math
 import os
 import platform
@@ -28,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import files
@@ -111,6 +113,8 @@ def settings(
 ) -> Settings:
     """Read the README's variables from the environment; choose device and precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if int(environ.get("WORLD_SIZE") or 1) > 1:
+        device = join_processes(device, int(environ["LOCAL_RANK"]))
     profile = environ.get("PROFILE") or ("full" if device.type == "cuda" else "quick")
     if profile not in ("full", "quick"):
         raise UsageError(f"PROFILE is {profile!r}: set it to full or quick, or leave it unset.")
@@ -134,7 +138,7 @@ def settings(
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     precision = precision or best_precision(device)
-    graphs = graphs and device.type == "cuda"
+    graphs = graphs and device.type == "cuda" and world() == 1
     return Settings(
         profile=profile,
         data_dir=data_dir,
@@ -148,6 +152,39 @@ def settings(
         size=int(size or 32),
         pass_mark=float(mark) if mark else None,
     )
+
+
+def join_processes(device: torch.device, local_rank: int) -> torch.device:
+    """Join the processes that torchrun started; returns this one's device. Only the first prints.
+
+    In `train` each then takes its share of every batch, and gradients are averaged; batch
+    normalisation averages over the share alone. Folders must be common to all machines.
+    """
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(distributed.destroy_process_group)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+def world() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; 0 prints and saves."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def add_up(counts: Tensor) -> None:
+    """Sum what the processes counted, in place."""
+    if world() > 1:
+        distributed.all_reduce(counts)
 
 
 def best_precision(device: torch.device) -> torch.dtype:
@@ -167,14 +204,15 @@ def best_precision(device: torch.device) -> torch.dtype:
 
 
 def hardware_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and its thread count."""
+    """The GPU's name, or the processor's and its thread count, and how many there are at work."""
+    times = f"{world()} x " if world() > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return times + torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{times}{name}, {torch.get_num_threads()} threads"
 
 
 @cache
@@ -535,9 +573,11 @@ def train(
         facts = facts_of(**parts, loss=loss_function, epochs=epochs, **others)
         history = History(*checkpoint.start(parts, facts))
 
+    forward = model if world() == 1 else nn.parallel.DistributedDataParallel(model)
+
     def step(images: Tensor, labels: Tensor) -> None:
         with run.autocast():
-            logits = model(images)
+            logits = forward(images)
             loss = loss_function(logits, labels, ignore_index=IGNORE)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -563,13 +603,15 @@ def train(
                 if number % REPORT_EVERY == 0:
                     progress.step(epoch, number, totals)
             seconds = clock(run) - started
+            add_up(totals)
+            totals[3] /= world()
             require_finite(epoch, number, totals, model)
             score = test(model, validation, run)
             loss_sum, correct, count, _ = totals.tolist()
             scores = loss_sum / count, 100 * correct / count, score
             history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
             progress.epoch(history)
-            if checkpoint:
+            if checkpoint and rank() == 0:
                 checkpoint.save(history, history.made, images[:2])
     progress.plot(history)
     return history
@@ -600,15 +642,22 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
 
 
 def _on_device(batches: Iterable, classes: int, run: Settings):
-    """Every batch on the device; those that are not `Batches` have their labels looked at."""
+    """This process's share of every batch, on the device.
+
+    Batches of anything but `Batches` have their labels looked at; one that has less than an image
+    for each process is left out.
+    """
+    share = slice(rank(), None, world())
     for images, labels in batches:
+        if len(images) < world():
+            continue
         if not isinstance(batches, Batches):
             wrong = (labels < 0) | (labels >= classes) & (labels != IGNORE)
             if wrong.any():
                 first, count = labels[wrong][0].item(), int(wrong.sum())
                 where = f"out of range 0 to {classes - 1}, {first} for one"
                 raise UsageError(f"{count} labels of a batch are {where}.")
-        yield images.to(run.device), labels.to(run.device)
+        yield images[share].to(run.device), labels[share].to(run.device)
 
 
 def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
@@ -681,11 +730,15 @@ def clock(run: Settings) -> float:
 # -------------------------------------------------------------------------------------- scores
 
 
-def _outputs(model: nn.Module, batches: Iterable, run: Settings):
-    """(logits, labels) of every batch, on the device, from the model in evaluation mode."""
+def _outputs(model: nn.Module, batches: Iterable, run: Settings, shared: bool = True):
+    """(logits, labels) of every batch, on the device, from the model in evaluation mode.
+
+    `shared` between processes, each takes its part of the batches.
+    """
     model.eval()
+    mine = itertools.islice(batches, rank(), None, world()) if shared else batches
     try:
-        for images, labels in batches:
+        for images, labels in mine:
             with run.autocast():
                 logits = model(images.to(run.device))
             yield logits, labels.to(run.device)
@@ -702,6 +755,7 @@ def test(model: nn.Module, batches: Iterable, run: Settings) -> float:
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)  # correct, labels
     for logits, labels in _outputs(model, batches, run):
         counts += torch.stack([(logits.argmax(1) == labels).sum(), (labels != IGNORE).sum()])
+    add_up(counts)
     correct, count = counts.tolist()
     if count == 0:
         raise UsageError("There is no label to score.")
@@ -727,6 +781,7 @@ def test_pixels(model: nn.Module, batches: Iterable, classes: int, run: Settings
         counted = labels != IGNORE
         pairs = labels[counted] * classes + logits.argmax(1)[counted]
         confusion += torch.bincount(pairs, minlength=classes * classes)
+    add_up(confusion)
     return pixel_scores(confusion.view(classes, classes).cpu())
 
 
@@ -745,7 +800,7 @@ def pixel_scores(confusion: Tensor) -> PixelScores:
 def predict(model: nn.Module, batches: Iterable, run: Settings) -> tuple[Tensor, Tensor]:
     """(class, its probability) for every label of unshuffled batches, on the CPU."""
     guesses, probabilities = [], []
-    for logits, _ in _outputs(model, batches, run):
+    for logits, _ in _outputs(model, batches, run, shared=False):
         probability, guess = logits.float().softmax(1).max(1)
         guesses.append(guess.cpu())
         probabilities.append(probability.cpu())

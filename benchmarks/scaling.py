@@ -1,0 +1,88 @@
+"""How well several processes share the work: images a second, alone and together, in turn.
+
+    python benchmarks/scaling.py --processes 2
+
+Each process has one thread on a CPU, or one GPU. The rounds alternate: alone, together, alone, ..;
+the efficiency is the speed together over the speed alone times the number of processes. The model
+is CifarResNet on the samples, the batch 128 for each process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import report  # noqa: E402
+import utils  # noqa: E402
+
+
+def measure(steps: int, width: int) -> None:
+    """One process's part of a round; the first prints images per second, all processes together."""
+    run = utils.settings(environ={**os.environ, "PROFILE": "quick"})
+    torch.manual_seed(0)
+    model = report.notebook_definitions("imageclassification.ipynb").CifarResNet(width)
+    model = model.to(run.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    training = utils.load_cifar10(run)[0]
+    batch = 128 * utils.world()
+    training = training.subset(torch.arange(steps * batch) % len(training))
+    batches = utils.Batches(training, batch, run, shuffle=True, flip=True, shift=4)
+    one = utils.Batches(training.subset(torch.arange(utils.world())), 1, run)
+    with contextlib.redirect_stdout(io.StringIO()):
+        history = utils.train(model, optimizer, batches, one, 2, run)
+    if utils.rank() == 0:
+        print(len(training) / history[-1].seconds)  # the second epoch: the first warms up
+
+
+def round_of(processes: int, options) -> float:
+    """Images per second of one round in processes of its own."""
+    command = [sys.executable]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [*launcher, str(processes)]
+    command += [__file__, "--measure", "--steps", str(options.steps), "--width", str(options.width)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2, help="how many together (default 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
+    parser.add_argument("--steps", type=int, default=8, help="steps of an epoch (default 8)")
+    parser.add_argument("--width", type=int, default=64, help="of the model (default 64)")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.steps, options.width)
+        return
+    alone, together = [], []
+    for number in range(options.rounds + 1):
+        pair = round_of(1, options), round_of(options.processes, options)
+        if number > 0:  # the first round warms up
+            alone.append(pair[0])
+            together.append(pair[1])
+            print(f"round {number}: {pair[0]:.0f} alone, {pair[1]:.0f} together", flush=True)
+    n = options.processes
+    shares = [100 * t / (n * a) for a, t in zip(alone, together, strict=True)]
+    print(utils.hardware_name(utils.settings().device))
+    print(
+        f"images/s: {statistics.median(alone):.0f} alone, {statistics.median(together):.0f} with "
+        f"{n} processes; efficiency {statistics.median(shares):.0f}% "
+        f"({min(shares):.0f} to {max(shares):.0f}%, {options.rounds} rounds)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Setting up a notebook in Google Colab; the first cell of each calls it there, and only there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent
+
+
+def set_up(drive: str | None = None) -> None:
+    """Install what is missing, never another torch; put data and checkpoints on a Drive folder."""
+    missing = missing_packages()
+    if missing:
+        print(f"Installing {', '.join(missing)} ...")
+        pinned = [
+            f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "torchvision")
+        ]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *missing, *pinned]
+        subprocess.run(command, check=True)
+    if drive:
+        from google.colab import drive as google_drive
+
+        google_drive.mount("/content/drive")
+        folder = Path("/content/drive/MyDrive") / drive
+        os.environ.setdefault("DATA_DIR", str(folder / "data"))
+        os.environ.setdefault("CHECKPOINT_DIR", str(folder / "checkpoints"))
+        print(f"Data and checkpoints are kept in {folder}.")
+    if not torch.cuda.is_available():
+        print(
+            "\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all cells again."
+            "\n*** Without one, only the quick profile is run: samples in place of the full data.\n"
+        )
+
+
+def missing_packages(requirements: Path = ROOT / "requirements.txt") -> list[str]:
+    """The requirements, as pip takes them, that are not installed; versions are not compared."""
+    if not requirements.exists():
+        return []
+    missing = []
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        requirement = line.partition("#")[0].strip()
+        name = re.match(r"[\w.-]*", requirement).group()
+        try:
+            importlib.metadata.version(name or "pip")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(requirement)
+    return missing

@@ -1,0 +1,75 @@
+"""Two processes on the CPU do what one does: same batches, same losses, same checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import report
+import utils
+from conftest import ROOT
+
+
+def start(processes, script, *arguments, cwd, **environ):
+    """Run a script alone or by torchrun; returns what it printed."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environ = {**os.environ, "PROFILE": "quick", "OMP_NUM_THREADS": "1", **environ}
+    done = subprocess.run(
+        [*command, script, *arguments],
+        cwd=cwd,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    results, script = {}, ROOT / "tests" / "together.py"
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        out = start(processes, script, folder, cwd=folder, CHECKPOINT_DIR=str(folder))
+        assert out.count("epoch 2/2") == 1  # one process prints
+        results[processes] = json.loads((folder / "result.json").read_text())
+    one, two = results[1], results[2]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.3)
+    assert two["validation"] == pytest.approx(one["validation"], abs=0.3)
+    assert two["device"] == f"2 x {one['device']}"
+    # what two processes saved, one loads
+    out = start(1, script, tmp_path / "2", cwd=tmp_path, CHECKPOINT_DIR=str(tmp_path / "2"))
+    assert "Found 2 of 2 epochs" in out
+    again = json.loads((tmp_path / "2" / "result.json").read_text())
+    assert again["losses"] == two["losses"] and again["device"] == two["device"]
+
+
+def test_a_notebook_runs_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", tmp_path]
+    subprocess.run([*command, ROOT / "imageclassification.ipynb"], check=True, capture_output=True)
+    script = (
+        (tmp_path / "imageclassification.py")
+        .read_text()
+        .replace("THRESHOLD = ", "THRESHOLD = 0 * ")
+    )
+    (tmp_path / "imageclassification.py").write_text(script)
+    for file in ROOT.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    kept = tmp_path / "kept"
+    environ = dict(EPOCHS="1", MPLBACKEND="agg", CHECKPOINT_DIR=str(kept))
+    out = start(2, "imageclassification.py", cwd=tmp_path, **environ)
+    assert out.count("MNIST threshold: passed") == 1
+    records = report.load_records(tmp_path / "figures" / "quick")
+    assert [record["run"] for record in records] == ["cifar10", "mnist"]
+    assert all(record["device"].startswith("2 x ") for record in records)
+    assert sorted(path.name for path in (kept / "quick").iterdir()) == ["cifar10.pt", "mnist.pt"]
+
+
+def test_one_process_is_a_world_of_its_own():
+    assert utils.world() == 1 and utils.rank() == 0

@@ -1,0 +1,39 @@
+"""A training run for one process or for several, started by torchrun: see test_distributed.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import report  # noqa: E402
+import utils  # noqa: E402
+
+
+def main(folder: Path) -> None:
+    """Two epochs on digits, in float32; the first process leaves the losses in folder."""
+    run = utils.settings(torch.float32)
+    training, test = utils.load_mnist(run)
+    training = training.subset(torch.arange(0, 4000, 5))  # 800: the last batch has 32
+    torch.manual_seed(utils.rank())  # the first process's weights must win
+    if utils.world() == 1:
+        torch.manual_seed(0)
+    model = report.notebook_definitions("imageclassification.ipynb").MnistCNN(4)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    batches = utils.Batches(training, 64, run, shuffle=True)
+    validation = utils.Batches(test, 100, run, training.statistics())
+    schedule = utils.one_cycle(optimizer, batches, 2, 2e-3)
+    history = utils.train(
+        model, optimizer, batches, validation, 2, run, schedule, checkpoint=run.checkpoint("both")
+    )
+    if utils.rank() == 0:
+        result = dict(losses=[e.loss for e in history], accuracy=[e.accuracy for e in history])
+        result["validation"] = [e.validation_accuracy for e in history]
+        result["device"] = history.made["device"]
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
