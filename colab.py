@@ -34,8 +34,8 @@ def set_up(drive: str | None = None) -> None:
         print(f"Data and checkpoints are kept in {folder}.")
     if not torch.cuda.is_available():
         print(
-            "\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all cells again."
-            "\n*** Without one, only the quick profile is run: samples in place of the full data.\n"
+            "\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all again."
+            "\n*** Without one, only the quick profile runs: samples in place of the full data.\n"
         )
 
 

@@ -6,6 +6,7 @@ What does not fit gets one sentence, before anything is trained on it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,16 @@ def load_pictures(folder: Path, size: int | None = None) -> tuple[Dataset, Datas
     Folders train/ and test/ in it are the two; without them, a fifth is held out for testing.
     """
     parts = [folder / "train", folder / "test"]
+
+    def load(part: Path) -> Dataset:
+        return replace(load_folder(part, folder.name, size), source="own")
+
     if all(part.is_dir() for part in parts):
-        training, test = (load_folder(part, folder.name, size) for part in parts)
+        training, test = map(load, parts)
         if training.classes != test.classes:
             raise UsageError(f"{parts[0]} and {parts[1]} must have folders of the same names.")
         return training, test
-    return split(load_folder(folder, folder.name, size), share=0.2, seed=1)
+    return split(load(folder), share=0.2, seed=1)
 
 
 def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:

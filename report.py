@@ -157,15 +157,19 @@ def record_run(
 
 
 def save_record(record: dict, folder: Path) -> None:
-    """Draw a record and put it into folder/results.json, unless a run of more epochs is there."""
+    """Draw a record and put it into folder/results.json, unless a better founded one is there.
+
+    That is one of more epochs, or one of the published data where this is of other data.
+    """
     if rank() > 0:  # of several processes, one saves
         return
     figure = draw_history(record)
     folder.mkdir(parents=True, exist_ok=True)
     records = {old["run"]: old for old in load_records(folder)}
     old = records.get(record["run"])
-    if old and old["epochs"] > record["epochs"]:
-        print(f"{folder.name}/ keeps its record of {record['run']} over {old['epochs']} epochs.")
+    if old and (old["epochs"] > record["epochs"] or _other(record) and not _other(old)):
+        kept = f"{old['run']}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
+        print(f"{folder.name}/ keeps its record of {kept}.")
         return
     records[record["run"]] = record
     text = json.dumps([records[name] for name in sorted(records)], indent=1)
@@ -254,8 +258,12 @@ def duration(seconds: float) -> str:
 
 def write_up(record: dict) -> dict | None:
     """The write-up's facts for a record's run; None for other data, which compares with nothing."""
-    other = record["source"] in ("sample", "own", NOT_PUBLISHED)
-    return None if other else WRITE_UP.get(record["run"])
+    return None if _other(record) else WRITE_UP.get(record["run"])
+
+
+def _other(record: dict) -> bool:
+    """Whether a record is of other data than the published sets."""
+    return record["source"] in ("sample", "own", NOT_PUBLISHED)
 
 
 def summary(records: Sequence[dict]) -> str:

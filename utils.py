@@ -77,13 +77,18 @@ class Settings:
         return default if self.pass_mark is None else self.pass_mark
 
     @property
+    def kind(self) -> str:
+        """A folder's name: neither a quick run nor your own data touches what a full run made."""
+        return "own" if self.pictures or self.scenes else self.pick("", "quick")
+
+    @property
     def figures(self) -> Path:
-        """Where pictures and results go: a quick run never touches what a full run made."""
-        return ROOT / "figures" / self.pick("", "quick")
+        """Where pictures and results go."""
+        return ROOT / "figures" / self.kind
 
     def checkpoint(self, name: str, resume: bool = True) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
-        return Checkpoint(self.checkpoint_dir / self.pick("", "quick") / f"{name}.pt", resume)
+        return Checkpoint(self.checkpoint_dir / self.kind / f"{name}.pt", resume)
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""

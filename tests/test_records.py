@@ -52,10 +52,12 @@ def test_a_record_gives_way_only_to_as_many_epochs(recorded, tmp_path, capsys):
     history = recorded["history"] * 3
     report.save_record({**recorded, "epochs": 3, "history": history, "seed": 1}, folder)
     report.save_record({**recorded, "epochs": 2, "seed": 2}, folder)
-    assert "keeps its record of mnist over 3 epochs" in capsys.readouterr().out
+    assert "keeps its record of mnist, 3 epochs of MNIST (sample)" in capsys.readouterr().out
     assert report.load_records(folder)[0]["seed"] == 1
     report.save_record({**recorded, "epochs": 3, "history": history, "seed": 3}, folder)
-    report.save_record({**recorded, "run": "cifar10"}, folder)
+    report.save_record({**recorded, "run": "cifar10", "source": "full"}, folder)
+    report.save_record({**recorded, "run": "cifar10", "source": utils.NOT_PUBLISHED}, folder)
+    assert "keeps its record of cifar10" in capsys.readouterr().out
     assert [(r["run"], r["seed"]) for r in report.load_records(folder)] == [
         ("cifar10", 0),
         ("mnist", 3),
