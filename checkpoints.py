@@ -15,6 +15,7 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from files import UsageError, reason, write_whole
 
 FORMAT = 1
-KEYS = {"format", "facts", "history", "made", "parts", "random", "probe"}
+KEYS = {"format", "facts", "history", "made", "parts", "probe"}
 
 
 class Checkpoint:
@@ -46,6 +47,7 @@ class Checkpoint:
         followed without the interruption.
         """
         self.parts, self.facts = parts, facts
+        require_plain({name: part.state_dict() for name, part in self._present()})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path.parent):
@@ -75,7 +77,6 @@ class Checkpoint:
             "history": [list(epoch) for epoch in history],
             "made": dict(made),
             "parts": {name: part.state_dict() for name, part in self._present()},
-            "random": _random_state(),
             "probe": probe,
         }
         require_plain(state)
@@ -88,7 +89,7 @@ class Checkpoint:
             kept = f"epoch {last}'s is kept" if last else "there is none before it"
             raise UsageError(
                 f"The checkpoint {self.path} of epoch {len(history)} could not be written "
-                f"({reason(error)}): {kept}; make room, or name another folder in CHECKPOINT_DIR, "
+                f"({reason(error)}): {kept}; see to it, or name another folder in CHECKPOINT_DIR, "
                 "and run this again."
             ) from None
 
@@ -109,13 +110,14 @@ class Checkpoint:
                 part.load_state_dict(state["parts"][name])
             answer = _answer(self.parts["model"], state["probe"]["images"])
             logits = state["probe"]["logits"]
-            _set_random_state(state["random"])
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            # the same weights on another device round differently, a changed forward() does more
+            same = torch.allclose(answer, logits, rtol=0, atol=0.01 * logits.abs().max().item())
+        except Exception as error:  # a file that was tampered with can raise nearly everything
             raise UsageError(
-                f"{self.path} does not fit this run ({reason(error)}): {self.way_out}."
+                out_of_memory(error, None)
+                or f"{self.path} does not fit this run ({reason(error)}): {self.way_out}."
             ) from None
-        # the same weights on another device round differently, a changed forward() does more
-        if not torch.allclose(answer, logits, rtol=0, atol=0.01 * logits.abs().max().item()):
+        if not same:
             raise UsageError(
                 f"{self.path} is of another run: with its weights, this model answers differently, "
                 f"so its forward pass has changed: put it back, or {self.way_out}."
@@ -141,6 +143,7 @@ class Checkpoint:
             else:
                 for problem in problems:
                     print(f"{problem}; going on from the one before it.")
+                    self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
                 return state
         if problems:
             raise UsageError(f"{' and '.join(problems)}: {self.way_out}.")
@@ -153,6 +156,8 @@ class Checkpoint:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises nearly everything
+            if problem := out_of_memory(error, None):
+                raise UsageError(problem) from None
             if "weights_only" not in str(error).lower():
                 raise ValueError(reason(error)) from None
             raise UsageError(
@@ -174,21 +179,25 @@ class Checkpoint:
         return state
 
 
-def facts_of(model: nn.Module, optimizer, schedule, scaler, **others) -> dict[str, str]:
-    """What makes a run this run, as text: compared, and shown where it differs."""
-    groups = [
-        {k: v for k, v in group.items() if k not in ("params", *_IMPLEMENTATION)}
-        for group in optimizer.param_groups
-    ]
+def facts_of(model: nn.Module, optimizer, schedule, scaler, random, **others) -> dict[str, str]:
+    """What makes a run this run, as text: compared in this order, and shown where it differs."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        trained = [names.get(id(p), "another") for p in group["params"] if p.requires_grad]
+        passing = (*_IMPLEMENTATION, *(["lr"] if "initial_lr" in group else []))
+        kept = {k: v for k, v in sorted(group.items()) if k not in passing}
+        groups.append({**kept, "params": trained})
     facts = {
+        **{name: _describe(value) for name, value in others.items()},
+        "optimizer": f"{type(optimizer).__name__} {groups}",
+        "schedule": _describe_schedule(schedule),
+        "scaler": f"enabled {scaler.is_enabled()}",
+        "random numbers": f"of {len(random.generators)} generators of the batches",
         "model": str(model),
         "weights": "\n".join(
             f"{name} {tuple(v.shape)} {v.dtype}" for name, v in model.state_dict().items()
         ),
-        "optimizer": f"{type(optimizer).__name__} {groups}",
-        "schedule": "constant" if schedule is None else f"{_plain(schedule.state_dict())}",
-        "scaler": f"enabled {scaler.is_enabled()}",
-        **{name: str(value) for name, value in others.items()},
     }
     return {name: re.sub(r" at 0x[0-9a-f]+", "", text) for name, text in facts.items()}
 
@@ -196,9 +205,39 @@ def facts_of(model: nn.Module, optimizer, schedule, scaler, **others) -> dict[st
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # change no result
 
 
-def _plain(state: Mapping) -> dict:
-    """The numbers and texts of a schedule's state."""
-    return {k: v for k, v in state.items() if isinstance(v, (bool, int, float, str, list))}
+def _describe(value) -> str:
+    """A setting as text: a function by its name and constants, a DataLoader by what it yields."""
+    if isinstance(value, torch.utils.data.DataLoader):
+        kept = Draws(value).state_dict()
+        torch.manual_seed(0)
+        images, labels = next(iter(value))
+        Draws(value).load_state_dict(kept)
+        digest = sha256(images.contiguous().numpy())
+        digest.update(labels.contiguous().numpy())
+        kinds = type(value.sampler).__name__, type(value.dataset).__name__
+        return (
+            f"{len(value)} batches of {value.batch_size}, {kinds}, {len(value.dataset)} examples, "
+            f"SHA-256 of a batch {digest.hexdigest()[:16]}"
+        )
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        constants = [c for c in code.co_consts if isinstance(c, (int, float, str, tuple))]
+        return f"{value} {code.co_names} {constants}"
+    return str(value)
+
+
+def _describe_schedule(schedule) -> str:
+    """A schedule's type and constants, whatever step it is at."""
+    if schedule is None:
+        return "constant"
+    state = {k: v for k, v in vars(schedule).items() if k not in _PROGRESS}
+    functions = [_describe(f) for f in state.pop("lr_lambdas", [])]
+    plain = (bool, int, float, str, list, tuple, dict)
+    state = {k: v for k, v in state.items() if isinstance(v, plain)}
+    return f"{type(schedule).__name__} {state} {functions}"
+
+
+_PROGRESS = ("optimizer", "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step")
 
 
 def _difference(there: str, here: str) -> str:
@@ -238,26 +277,37 @@ def _answer(model: nn.Module, images: Tensor) -> Tensor:
     return model(images.to(device).float()).float().cpu()
 
 
-def _random_state() -> dict:
-    """The state of every generator that training may draw from."""
-    name, keys, *rest = np.random.get_state()
-    version, numbers, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": [version, list(numbers), gauss],
-    }
+class Draws:
+    """The state of every generator that training may draw from, a DataLoader's own among them."""
 
+    def __init__(self, batches=None):
+        owners = batches, getattr(batches, "sampler", None)
+        found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g}
+        self.generators = list(found.values())
 
-def _set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    def state_dict(self) -> dict:
+        """Tensors, numbers and text."""
+        name, keys, *rest = np.random.get_state()
+        version, numbers, gauss = random.getstate()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "batches": [generator.get_state() for generator in self.generators],
+            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+            "python": [version, list(numbers), gauss],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on drawing where `state` was taken."""
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        for generator, at in zip(self.generators, state["batches"], strict=True):
+            generator.set_state(at)
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
 
 
 def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | None = None) -> None:
@@ -297,6 +347,8 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
         problem = out_of_memory(error, batch_size)
         if problem is None:
             raise
+        if checkpoint and history:
+            problem += " That is another run: start it anew with RESUME = False."
     else:
         return
     finally:
@@ -314,9 +366,9 @@ def out_of_memory(error: Exception, batch_size: int | None) -> str | None:
     The frames that the error came through let go of their tensors.
     """
     texts = ("out of memory", "can't allocate memory", "not enough memory")
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        if not any(text in str(error).lower() for text in texts):
-            return None
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if not known and not any(text in str(error).lower() for text in texts):
+        return None
     traceback.clear_frames(error.__traceback__)
     if batch_size is None or batch_size < 2:
         return "Out of memory: use a smaller model."

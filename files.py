@@ -34,7 +34,7 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Replace a file so that a crash at any moment leaves the old one or the new one, whole.
 
     Written beside it, flushed to the disk, renamed over it; `keep` is the name that the old file
-    takes. Raises OSError, after which the old file is where it was.
+    takes. Raises OSError: the old file then has its name, or at worst that of `keep`.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -127,8 +127,8 @@ def fetch(name: str, data_dir: Path) -> None:
             shutil.rmtree(partial)
     except OSError as error:
         raise UsageError(
-            f"{name} cannot be written to DATA_DIR {data_dir} ({reason(error)}): make room there, "
-            "name another folder, or set PROFILE=quick for the sample data."
+            f"{name} cannot be written to DATA_DIR {data_dir} ({reason(error)}): see to it, name "
+            "another folder, or set PROFILE=quick for the sample data."
         ) from None
 
 
@@ -284,6 +284,8 @@ def read_image(
             image.verify()  # the checksums of a PNG, which decoding it does not read
         with Image.open(path) as image:
             image.load()
+            if mode is not None and image.mode[0] in "IF":  # converting would clip at 255
+                raise ValueError(f"its mode {image.mode} is not 8 bits: save it with 8")
             if mode not in (None, image.mode):
                 image = image.convert(mode)
             if size is not None and size != image.size:
@@ -299,9 +301,12 @@ def read_images(
     paths: Sequence[str | Path],
     mode: str | None = "RGB",
     size: tuple[int, int] | None = None,
-    skip_unreadable: bool = False,
+    skip_unreadable: bool | None = None,
 ) -> tuple[list[np.ndarray], list[int]]:
-    """(images, their places in `paths`); an unreadable one is refused, or named and left out."""
+    """(images, their places in `paths`); an unreadable one is refused, or named and left out.
+
+    None for `skip_unreadable` refuses, as False does, and does not name the choice.
+    """
 
     def attempt(path) -> np.ndarray | UsageError:
         try:
@@ -314,10 +319,8 @@ def read_images(
     broken = [error for error in found if isinstance(error, UsageError)]
     if broken and not skip_unreadable:
         more = f" So it is with {len(broken) - 1} more files." if len(broken) > 1 else ""
-        raise UsageError(
-            f"{broken[0]}{more} Mend or remove what is broken, or leave it out with "
-            "skip_unreadable=True."
-        )
+        choice = "" if skip_unreadable is None else ", or leave it out with skip_unreadable=True"
+        raise UsageError(f"{broken[0]}{more} Mend or remove what is broken{choice}.")
     for error in broken:
         print(f"left out: {error}")
     kept = [place for place, image in enumerate(found) if not isinstance(image, UsageError)]

@@ -67,16 +67,30 @@ def load_folder(
     Without a size they must be of one. `source` tells JPEGs from other files.
     """
     try:
-        found = torchvision.datasets.ImageFolder(folder)
-    except FileNotFoundError as error:  # no folder, no class in it, or nothing in a class
+        found = _Folders(folder)
+    except OSError as error:  # no folder, no class in it, or nothing in a class
         raise UsageError(f"{folder} needs a folder of images for each class: {error}.") from None
     paths, labels = [Path(path) for path, _ in found.samples], torch.tensor(found.targets)
     images, kept = files.read_images(paths, "RGB", size and (size, size), skip_unreadable)
+    empty = sorted(set(range(len(found.classes))) - set(labels[kept].tolist()))
+    if empty and kept:
+        raise UsageError(f"{folder / found.classes[empty[0]]} has no image that can be read.")
     jpeg = any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths)
     source = "JPEG copy" if jpeg else "PNG folders"
     return Dataset(
         name, source, _stack(images, [paths[k] for k in kept]), labels[kept], tuple(found.classes)
     )
+
+
+class _Folders(torchvision.datasets.ImageFolder):
+    """An ImageFolder that passes by hidden folders, .ipynb_checkpoints say."""
+
+    def find_classes(self, directory):
+        names = [path.name for path in Path(directory).iterdir() if path.is_dir()]
+        names = sorted(name for name in names if not name.startswith("."))
+        if not names:
+            raise FileNotFoundError(f"there is no folder in {directory}")
+        return names, {name: number for number, name in enumerate(names)}
 
 
 def load_pairs(
@@ -113,6 +127,9 @@ def load_pairs(
         if label.dtype != np.uint8 or label.ndim != 2:
             has = f"{label.ndim} axes of {label.dtype}"
             raise UsageError(f"{path} must hold class indices of one byte a pixel, not {has}.")
+        highest = int(label[(label != ignore) & (label != IGNORE)].max(initial=0))
+        if classes and highest >= len(classes):
+            raise UsageError(f"{path} has a pixel of class {highest}, of {len(classes)} from 0 on.")
     labels = _stack([label[:, :, None] for label in labels], maps)[:, 0]
     return Dataset(name, "own", _stack(pixels, pictures), *_classes(labels, classes, ignore))
 
@@ -167,8 +184,14 @@ def _classes(
     """(labels with IGNORE for `ignore`, names of the classes: those given, or numbers)."""
     if ignore != IGNORE:
         labels = torch.where(labels == ignore, IGNORE, labels).to(labels.dtype)
-    counted = labels[labels != IGNORE]
-    highest = int(counted.max()) if counted.numel() else 0
+    counted = labels[labels != IGNORE].unique()
+    if len(counted) < 2:
+        only = ", ".join(str(label) for label in counted.tolist()) or "none"
+        raise UsageError(
+            f"There is one class only in the labels ({only}), beside {IGNORE}, which is ignored: "
+            "number the classes 0, 1 and so on."
+        )
+    highest = int(counted.max())
     return labels, tuple(classes or (f"class {number}" for number in range(highest + 1)))
 
 

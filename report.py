@@ -164,7 +164,6 @@ def save_record(record: dict, folder: Path) -> None:
     if rank() > 0:  # of several processes, one saves
         return
     figure = draw_history(record)
-    folder.mkdir(parents=True, exist_ok=True)
     records = {old["run"]: old for old in load_records(folder)}
     old = records.get(record["run"])
     if old and (old["epochs"] > record["epochs"] or _other(record) and not _other(old)):
@@ -173,8 +172,15 @@ def save_record(record: dict, folder: Path) -> None:
         return
     records[record["run"]] = record
     text = json.dumps([records[name] for name in sorted(records)], indent=1)
-    write_whole(folder / "results.json", f"{text}\n".encode())
-    figure.savefig(folder / f"{record['run']}.png", dpi=120)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "results.json", f"{text}\n".encode())
+        figure.savefig(folder / f"{record['run']}.png", dpi=120)
+    except OSError as error:
+        raise UsageError(
+            f"The record of {record['run']} cannot be written to {folder} ({error.strerror}): see "
+            "to it and run this cell again; the training is in its checkpoint."
+        ) from None
 
 
 def redraw(folder: Path = ROOT / "figures") -> None:
@@ -186,7 +192,10 @@ def redraw(folder: Path = ROOT / "figures") -> None:
 def load_records(folder: Path) -> list[dict]:
     """The records of folder/results.json, none where there is no such file."""
     file = folder / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read ({error}): mend it, or move it away.") from None
 
 
 def draw_curves(

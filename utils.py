@@ -34,7 +34,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import files
-from checkpoints import Checkpoint, facts_of, guarded, out_of_memory, require_finite
+from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, require_finite
 from files import UsageError
 from progress import Progress
 
@@ -263,17 +263,21 @@ class Dataset:
         def refuse(problem: str):
             raise UsageError(f"{self.name}: {problem}.")
 
+        if not isinstance(self.images, Tensor) or not isinstance(self.labels, Tensor):
+            refuse("images and labels must be tensors: torch.from_numpy makes one of an array")
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             got = f"{dtype_name(self.images.dtype)} {tuple(self.images.shape)}"
             refuse(f"images must be uint8 (N, C, H, W), not {got}")
-        if len(self.images) == 0:
+        if self.images.numel() == 0:
             refuse("there are no images")
         sizes = {(len(self.images),), (len(self.images), *self.images.shape[2:])}
         if tuple(self.labels.shape) not in sizes:
             got = f"{tuple(self.labels.shape)} for images {tuple(self.images.shape)}"
             refuse(f"labels must be one per image or one per pixel, not {got}")
-        if self.labels.is_floating_point() or self.labels.dtype == torch.bool:
-            refuse(f"labels must be whole numbers, not {dtype_name(self.labels.dtype)}")
+        if self.labels.dtype not in (torch.uint8, torch.int64):
+            refuse(f"labels must be uint8 or int64, not {dtype_name(self.labels.dtype)}")
+        if len(self.classes) > IGNORE:
+            refuse(f"{len(self.classes)} classes are too many: label {IGNORE} means ignored")
         if len(self.classes) < 2:
             refuse(f"there is one class only ({', '.join(self.classes)}), so nothing to tell apart")
         wrong = (self.labels < 0) | (self.labels >= len(self.classes)) & (self.labels != IGNORE)
@@ -360,7 +364,10 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     if all(folder.is_dir() for folder in folders):
         import owndata
 
-        return tuple(owndata.load_folder(folder, "CIFAR-10") for folder in folders)
+        training, test = (owndata.load_folder(folder, "CIFAR-10") for folder in folders)
+        if training.classes != test.classes:
+            raise UsageError(f"{folders[0]} and {folders[1]} must have folders of the same names.")
+        return training, test
     if not (run.data_dir / "cifar-10-batches-py").is_dir():
         files.fetch("CIFAR-10", run.data_dir)
     files.check_cifar10(run.data_dir / "cifar-10-batches-py")
@@ -397,6 +404,8 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     draws, n = generator(seed), len(backgrounds)
     height, width = backgrounds.images.shape[2:]
     side = digits.images.shape[-1]
+    if min(height, width) < side:
+        raise UsageError(f"A background of {width}x{height} is too small for digits of {side}.")
     order = torch.randperm(len(digits), generator=draws)
     order = order.repeat(math.ceil(n / len(digits)))[:n]
     top = torch.randint(height - side + 1, (n,), generator=draws)
@@ -452,6 +461,8 @@ class Batches:
     ):
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}: it must be at least 1.")
+        if not 0 <= shift < min(dataset.images.shape[2:]):
+            raise UsageError(f"shift is {shift}: it must be less than the image's side.")
         self.dataset, self.batch_size, self.device = dataset, batch_size, run.device
         self.shuffle, self.flip, self.shift, self.seed = shuffle, flip, shift, seed
         self.epoch = 0
@@ -567,6 +578,7 @@ def train(
     best validation accuracy is that many epochs old. Ctrl-C ends it after the last whole epoch.
     """
     classes = check_fit(model, batches, run)
+    check_fit(model, validation, run)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)  # see _tally
     history, title = History(), checkpoint.path.stem if checkpoint else type(model).__name__
@@ -574,8 +586,9 @@ def train(
     progress = Progress(title, source, epochs, len(batches), run.device)
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
-        others = dict(batches=batches, validation=validation, precision=run.precision)
-        facts = facts_of(**parts, loss=loss_function, epochs=epochs, **others)
+        parts["random"] = Draws(batches)
+        others = dict(validation=validation, loss=loss_function, precision=run.precision)
+        facts = facts_of(**parts, epochs=epochs, batches=batches, **others)
         history = History(*checkpoint.start(parts, facts))
 
     forward = model if world() == 1 else nn.parallel.DistributedDataParallel(model)
@@ -623,26 +636,38 @@ def train(
 
 
 def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
-    """How many classes the model scores; data that it can't be trained on is refused."""
+    """How many classes the model scores; data that it can't be trained or scored on is refused."""
     name, dataset = type(model).__name__, getattr(batches, "dataset", None)
     if len(batches) == 0:
-        raise UsageError("There are no batches to train on.")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a DataLoader draws from it
-        images, labels = next(iter(batches))
-        try:
-            logits = model.eval()(images[:2].to(run.device).float())
-        except (RuntimeError, ValueError) as error:
-            shape = tuple(images.shape[1:])
-            raise UsageError(f"{name} can't take images of shape {shape}: {error}.") from None
-    if logits.ndim < 2 or (len(logits), *logits.shape[2:]) != labels[:2].shape:
+        raise UsageError("There are no batches.")
+    draws = Draws(batches)
+    before = draws.state_dict()  # a DataLoader draws its order
+    images, labels = next(iter(batches))
+    draws.load_state_dict(before)
+    images, labels = images[:2].to(run.device), labels[:2].to(run.device)
+    if (images.dtype, labels.dtype) != (torch.float32, torch.int64):
+        found = f"{dtype_name(images.dtype)} and {dtype_name(labels.dtype)}"
+        raise UsageError(f"A batch must be float32 images and int64 labels, not {found}.")
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except (RuntimeError, ValueError) as error:
+        shape = tuple(images.shape[1:])
+        raise UsageError(
+            out_of_memory(error, None) or f"{name} can't take images of shape {shape}: {error}."
+        ) from None
+    if logits.ndim < 2 or (len(logits), *logits.shape[2:]) != labels.shape:
         given, needed = tuple(logits.shape[1:]), tuple(labels.shape[1:])
         raise UsageError(
             f"{name} gives scores of shape {given} for an image, where a label's shape is {needed}"
             f": it should give (classes{''.join(f', {side}' for side in needed)})."
         )
-    if isinstance(dataset, Dataset) and logits.shape[1] < len(dataset.classes):
-        has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
-        raise UsageError(f"{name} gives scores for {has}: make its last layer that wide.")
+    if isinstance(dataset, Dataset):
+        if logits.shape[1] < len(dataset.classes):
+            has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
+            raise UsageError(f"{name} gives scores for {has}: make its last layer that wide.")
+        if not (dataset.labels != IGNORE).any():
+            raise UsageError(f"{dataset.name}: every label is {IGNORE}, which is ignored.")
     return logits.shape[1]
 
 
@@ -677,7 +702,7 @@ def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None
     """Add to float64 (4), on the device: loss summed over the labels, correct labels, labels, and
     steps for which that sum was finite, which stops counting at the first that was not."""
     counted = (labels != IGNORE).sum()
-    correct = (logits.detach().argmax(1) == labels).sum()  # no class is called IGNORE
+    correct = (logits.detach().argmax(1) == labels).sum()  # IGNORE is no class
     totals[:3].add_(torch.stack([loss.detach().double() * counted, correct, counted]))
     totals[3:].add_(totals[:1].isfinite())
 

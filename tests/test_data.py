@@ -258,7 +258,7 @@ def test_a_data_dir_that_cannot_be_made_is_named(tmp_path, run):
         (dict(images=torch.zeros(100, 4, 4, dtype=torch.uint8)), "images must be uint8"),
         (dict(labels=torch.zeros(99).long()), "labels must be one per image"),
         (dict(labels=torch.zeros(100, 4, 5).long()), "labels must be one per image"),
-        (dict(labels=torch.zeros(100)), "labels must be whole numbers, not float32"),
+        (dict(labels=torch.zeros(100)), "labels must be uint8 or int64, not float32"),
         (dict(labels=torch.full((100,), 10)), "100 labels are out of range 0 to 9, 10 for one"),
         (dict(labels=torch.full((100,), -1)), "100 labels are out of range 0 to 9, -1 for one"),
     ],

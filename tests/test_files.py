@@ -289,7 +289,7 @@ def test_a_full_disk_while_unpacking(servers, tmp_path, tally, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "copyfileobj", full)
-        with pytest.raises(utils.UsageError, match="No space left on device.*make room"):
+        with pytest.raises(utils.UsageError, match="No space left on device.*see to it"):
             files.fetch("MNIST", tmp_path)
     names = [p.name for p in tmp_path.rglob("*") if p.name in files.MNIST_FILES]
     files.fetch("MNIST", tmp_path)
@@ -454,6 +454,29 @@ def test_a_truncated_jpeg_is_refused(tmp_path, tally):
     tally.add("faults")
 
 
+@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_more_than_eight_bits_are_not_cut_off_silently(dtype, mode, tmp_path, tally):
+    root = folders(tmp_path / "pictures")
+    name = "deep.png" if dtype == np.uint16 else "deep.tiff"
+    Image.fromarray(np.full((10, 12), 900).astype(dtype)).save(root / "cat" / name)
+    with pytest.raises(utils.UsageError, match=f"its mode {mode} is not 8 bits"):
+        owndata.load_folder(root, "mine")
+    tally.add("faults")
+
+
+def test_hidden_folders_are_no_class(tmp_path):
+    root = folders(tmp_path / "pictures", names=("cat", "dog", ".ipynb_checkpoints"))
+    assert owndata.load_folder(root, "mine").classes == ("cat", "dog")
+
+
+def test_test_folders_of_other_names_are_refused(tmp_path, run, tally):
+    folders(tmp_path / "cifar10" / "train", names=("bird", "cat", "dog"))
+    folders(tmp_path / "cifar10" / "test", names=("cat", "dog"))
+    with pytest.raises(utils.UsageError, match="must have folders of the same names"):
+        utils.load_cifar10(full(run, tmp_path))
+    tally.add("faults")
+
+
 def test_nothing_that_could_be_read(tmp_path):
     root = folders(tmp_path / "pictures", count=1)
     for name in ("cat", "dog"):
@@ -531,7 +554,7 @@ def resize(path, size):
         ),
         (
             lambda root: Image.fromarray(np.full((10, 12), 9, np.uint8)).save(root / "masks/1.png"),
-            "roads: 120 labels are out of range 0 to 1, 9 for one",
+            "1.png has a pixel of class 9, of 2 from 0 on",
         ),
         (lambda root: [p.unlink() for p in root.glob("masks/*")], "masks is empty or not there"),
         (lambda root: cut(root / "masks/1.png", 0.5), "1.png cannot be read as an image"),
@@ -628,6 +651,59 @@ def test_a_dataloader_with_labels_out_of_range_is_told_in_time(run, tally):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(utils.UsageError, match="1 labels of a batch are out of range 0 to 2, 3"):
         utils.train(model, optimizer, loader, loader, 1, run)
+    tally.add("faults")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (torch.uint8, torch.int64),
+        (torch.float64, torch.int64),
+        (torch.float32, torch.int32),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_batches_of_other_types_are_told_before_training(images, labels, run, tally):
+    pairs = torch.zeros(8, 1, 4, 4, dtype=images), torch.zeros(8, dtype=labels)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pairs), 4)
+    model = linear(16, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(utils.UsageError, match="must be float32 images and int64 labels"):
+        utils.train(model, optimizer, loader, loader, 1, run)
+    tally.add("faults")
+
+
+@pytest.mark.parametrize("validation", [toy(channels=3), toy(classes=5), toy(shape=(4, 4))])
+def test_validation_is_looked_at_before_training(validation, run, tally):
+    model = linear(16, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches, others = (utils.Batches(data, 4, run) for data in (toy(), validation))
+    with pytest.raises(utils.UsageError, match="Sequential"):
+        utils.train(model, optimizer, batches, others, 1, run)
+    tally.add("faults")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "sentence"),
+    [
+        (torch.zeros(12, dtype=torch.int8), 200, "labels must be uint8 or int64, not int8"),
+        (np.zeros(12), 3, "must be tensors: torch.from_numpy"),
+        (torch.zeros(12, dtype=torch.int64), 300, "300 classes are too many"),
+    ],
+)
+def test_labels_that_a_data_set_cannot_hold(labels, classes, sentence):
+    names = tuple(f"class {number}" for number in range(classes))
+    with pytest.raises(utils.UsageError, match=sentence):
+        utils.Dataset("toy", "own", toy().images, labels, names)
+
+
+def test_masks_of_nothing_but_one_class_and_ignored_pixels(tmp_path, tally):
+    """Black and white masks: white is 255, which would be ignored in silence."""
+    arguments = pairs(tmp_path)
+    for path in (tmp_path / "masks").iterdir():
+        Image.fromarray((np.arange(120).reshape(10, 12) % 2 * 255).astype(np.uint8)).save(path)
+    with pytest.raises(utils.UsageError, match=r"one class only in the labels \(0\), beside 255"):
+        owndata.load_pairs(*arguments)
     tally.add("faults")
 
 

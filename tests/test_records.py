@@ -64,6 +64,16 @@ def test_a_record_gives_way_only_to_as_many_epochs(recorded, tmp_path, capsys):
     ]
 
 
+def test_results_that_cannot_be_read_or_written_get_a_sentence(recorded, tmp_path, monkeypatch):
+    file = tmp_path / "figures" / "quick" / "results.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(utils.UsageError, match="results.json cannot be read"):
+        report.save_record(recorded, file.parent)
+    file.unlink()
+    with pytest.raises(utils.UsageError, match="cannot be written .*the training is in its check"):
+        report.save_record(recorded, tmp_path / "figures" / "quick" / "mnist.png")
+
+
 def test_a_figure_is_drawn_from_its_record_alone(recorded):
     axes = report.draw_history(json.loads(json.dumps(recorded))).axes[0]
     caption = axes.get_xlabel()
