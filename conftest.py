@@ -7,6 +7,10 @@ import tempfile
 _made = None
 
 
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", metavar="FOLDER", help="where `-m browser` leaves pictures")
+
+
 def pytest_configure(config):
     global _made
     if "CHECKPOINT_DIR" not in os.environ:

@@ -250,13 +250,13 @@ def draw_history(record: dict) -> plt.Figure:
 
 def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
     """A table of (name, score, threshold, history): passed or not, and whether trained just now."""
-    lines = [f"{'threshold':<16}{'score %':>9}{'needed %':>10}   {'result':<8}  how"]
+    lines = [f"{'threshold':<16}{'score %':>9}{'needed %':>10}   {'result':<12}how"]
     for name, score, needed, history in rows:
         how = f"trained now, {len(history)} epochs"
         if history.loaded:
             how = f"{history.loaded} of {len(history)} epochs loaded from a checkpoint"
         result = "passed" if score >= needed else "NOT passed"
-        lines.append(f"{name:<16}{score:>9.2f}{needed:>10.2f}   {result:<10}{how}")
+        lines.append(f"{name:<16}{score:>9.2f}{needed:>10.2f}   {result:<12}{how}")
     return "\n".join(lines)
 
 
@@ -345,7 +345,7 @@ def show_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
     share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     n = len(classes)
     figure, axes = plt.subplots(figsize=(2 + 0.38 * n, 1.2 + 0.38 * n), layout="constrained")
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(n), classes, rotation=90, fontsize=8)
     axes.set_yticks(range(n), classes, fontsize=8)
     axes.set(xlabel="prediction", ylabel="truth", title="percent of each class")
@@ -367,8 +367,8 @@ def show_class_scores(scores: PixelScores, classes: Sequence[str]) -> None:
     """Accuracy and, for label maps, intersection over union of every class, as bars."""
     figure, axes = plt.subplots(figsize=(0.45 * len(classes) + 2, 3.4), layout="constrained")
     x = np.arange(len(classes))
-    axes.bar(x - 0.2, scores.class_accuracy, 0.4, color="#0072B2", label="accuracy")
-    axes.bar(x + 0.2, scores.class_iou, 0.4, color="#E69F00", hatch="//", label="IoU")
+    axes.bar(x - 0.2, scores.class_accuracy.numpy(), 0.4, color="#0072B2", label="accuracy")
+    axes.bar(x + 0.2, scores.class_iou.numpy(), 0.4, color="#E69F00", hatch="//", label="IoU")
     axes.axhline(scores.mean_iou, color="black", ls="--", lw=1, label="mean IoU")
     axes.set_xticks(x, classes, rotation=90, fontsize=8)
     axes.set(ylabel="%", ylim=(0, 100), title="class by class")
@@ -448,7 +448,7 @@ def show_prediction(
     left.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
     left.axis("off")
     names = [dataset.classes[c] for c in likeliest.indices]
-    right.barh(range(len(names)), 100 * likeliest.values, color="#0072B2")
+    right.barh(range(len(names)), 100 * likeliest.values.numpy(), color="#0072B2")
     right.set_yticks(range(len(names)), names, fontsize=8)
     right.invert_yaxis()
     right.set(xlabel="probability, %", xlim=(0, 100))

@@ -1,0 +1,266 @@
+"""Your own pictures and scenes go through the notebooks without touching the code."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image, ImageDraw
+
+import colab
+import owndata
+import report
+import utils
+from conftest import ROOT
+
+ROADS = (
+    "sky building pole road pavement tree sign fence car pedestrian bicyclist unlabelled".split()
+)
+
+
+def handwriting(folder, count=12):
+    """Letters in folders: grey PNGs of several sizes, some of them colour JPEGs."""
+    random = np.random.default_rng(0)
+    for letter in "abc":
+        (folder / letter).mkdir(parents=True)
+        for number in range(count):
+            side = int(random.integers(24, 60))
+            image = Image.new("L", (side, side + 5), 255)
+            ImageDraw.Draw(image).text((side // 3, side // 4), letter, fill=0)
+            if number % 3 == 0:
+                image.convert("RGB").save(folder / letter / f"{number}.jpg")
+            else:
+                image.save(folder / letter / f"{number}.png")
+    return folder
+
+
+def roads(folder, count=20, size=(48, 36)):
+    """Road scenes in stripes of 12 classes, in two folders, with the names of the classes."""
+    random = np.random.default_rng(0)
+    colours = random.integers(256, size=(12, 3))
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(count):
+        order = random.permutation(12)
+        mask = order[np.arange(size[1]) * 12 // size[1]][:, None].repeat(size[0], 1)
+        noise = random.integers(-20, 20, size=(size[1], size[0], 3))
+        pixels = (colours[mask] + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number:03}.png")
+        mask = mask.astype(np.uint8)
+        mask[0, 0] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{number:03}.png")
+    (folder / "classes.txt").write_text("\n".join(ROADS) + "\n")
+    return folder
+
+
+def run_notebook(name, folder, **environ):
+    """A notebook as a script, one epoch, no threshold; returns what it printed."""
+    command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", folder]
+    subprocess.run([*command, ROOT / f"{name}.ipynb"], check=True, capture_output=True)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    settings = dict(PROFILE="quick", EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg")
+    environ = {**os.environ, **settings, "CHECKPOINT_DIR": str(folder / "kept"), **environ}
+    command = [sys.executable, f"{name}.py"]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
+    folder = handwriting(tmp_path / "letters")
+    out = run_notebook("imageclassification", tmp_path, PICTURES=str(folder))
+    assert "letters (own): 23 images 3x32x32, labels of 3 classes" in out
+    assert "images of each class: a: " in out and "CIFAR-10 threshold: passed" in out
+    records = report.load_records(tmp_path / "figures" / "own")
+    assert {record["run"]: record["source"] for record in records}["cifar10"] == "own"
+    assert not (tmp_path / "figures" / "quick").exists()
+    assert (tmp_path / "kept" / "own" / "cifar10.pt").exists()
+
+
+def test_road_scenes_take_the_place_of_digits_on_pictures(tmp_path):
+    out = run_notebook("imagesegmentation", tmp_path, SCENES=str(roads(tmp_path / "roads")))
+    assert "roads (own): 13 images 3x32x32, label maps of 12 classes" in out
+    assert "Segmentation threshold: passed" in out
+    records = report.load_records(tmp_path / "figures" / "own")
+    assert len(records) == 4 and {record["dataset"] for record in records} == {"roads"}
+
+
+def test_pictures_are_resized_and_split(tmp_path):
+    training, test = owndata.load_pictures(handwriting(tmp_path / "letters"), size=32)
+    assert (len(training), len(test)) == (29, 7) and training.classes == ("a", "b", "c")
+    assert training.images.shape[1:] == (3, 32, 32) and training.images.float().std() > 10
+    for part in ("train", "test"):
+        handwriting(tmp_path / "parts" / part, count=4)
+    parts = owndata.load_pictures(tmp_path / "parts", size=32)
+    assert [len(part) for part in parts] == [12, 12]
+    (tmp_path / "parts" / "test" / "c").rename(tmp_path / "parts" / "test" / "d")
+    with pytest.raises(utils.UsageError, match="must have folders of the same names"):
+        owndata.load_pictures(tmp_path / "parts", size=32)
+
+
+def test_masks_are_resized_to_the_nearest_label(tmp_path):
+    training, test = owndata.load_scenes(roads(tmp_path / "roads"), size=24)
+    assert (len(training), len(test)) == (16, 4) and training.classes == tuple(ROADS)
+    assert training.images.shape[1:] == (3, 24, 24) and training.labels.shape[1:] == (24, 24)
+    assert set(training.labels.unique().tolist()) <= {*range(12), 255}
+    rows = training.labels[0, :, 5]
+    assert (training.labels[0, 2:] == rows[2:, None]).all()  # stripes are still stripes
+    (tmp_path / "roads" / "classes.txt").unlink()
+    numbered = owndata.load_scenes(tmp_path / "roads", size=24)[0]
+    assert numbered.classes == tuple(f"class {number}" for number in range(12))
+
+
+def test_another_ignore_index(tmp_path):
+    folder = roads(tmp_path / "roads")
+    pairs = folder / "images", folder / "masks"
+    dataset = owndata.load_pairs(*pairs, "roads", ROADS[:11], ignore=11)
+    assert 11 not in dataset.labels.unique() and (dataset.labels == 255).sum() > 20 * 48
+
+
+def test_a_torchvision_data_set_in_one_line():
+    fake = torchvision.datasets.FakeData(10, (3, 50, 40), num_classes=4)
+    dataset = owndata.from_torchvision(fake, "fake", tuple("abcd"), size=32)
+    assert dataset.images.shape == (10, 3, 32, 32) and dataset.labels.shape == (10,)
+    maps = [(image, Image.fromarray(np.eye(40, 50, dtype=np.uint8))) for image, _ in fake]
+    scenes = owndata.from_torchvision(maps, "fake", size=32)
+    assert scenes.labels.shape == (10, 32, 32) and scenes.classes == ("class 0", "class 1")
+
+
+def test_fashion_in_mnists_files_is_told_from_mnist(full_data, tmp_path):
+    """Another data set in the four files: the same notebook, other thresholds, no full record."""
+    settings = dict(PROFILE="full", DATA_DIR=str(full_data), THRESHOLD="0")
+    run_notebook("imageclassification", tmp_path, **settings)
+    records = {r["run"]: r for r in report.load_records(tmp_path / "figures")}
+    assert records["mnist"]["source"] == utils.NOT_PUBLISHED
+    assert report.write_up(records["mnist"]) is None
+
+
+def test_the_environment_sets_what_the_settings_cell_shows(tmp_path):
+    run = utils.settings(environ={"THRESHOLD": "85.5", "SCENES": str(tmp_path), "SIZE": "96"})
+    assert run.threshold(70.0) == 85.5 and run.scenes == tmp_path and run.size == 96
+    assert run.figures.name == "own" and str(tmp_path) in str(run)
+    assert utils.settings(environ={}).threshold(70.0) == 70.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("THRESHOLD", "high"), ("THRESHOLD", "101"), ("SIZE", "33"), ("PICTURES", "/nowhere")],
+)
+def test_a_variable_that_makes_no_sense_is_refused(name, value):
+    with pytest.raises(utils.UsageError, match=f"{name} is '{value}'"):
+        utils.settings(environ={name: value})
+
+
+# ---- pictures of what a model does
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is shown, figure after figure."""
+    figures = []
+    monkeypatch.setattr(report.plt, "show", lambda: figures.append(report.plt.gcf()))
+    yield figures
+    report.plt.close("all")
+
+
+def test_a_picture_of_your_own(shown, run, tmp_path, classification, segmentation):
+    Image.new("RGBA", (300, 200), (200, 30, 30, 255)).save(tmp_path / "mine.png")
+    names = tuple(f"class {number}" for number in range(10))
+    torch.manual_seed(0)
+    for channels, model in ((1, classification.MnistCNN(4)), (3, classification.CifarResNet(4))):
+        side = 28 if channels == 1 else 32
+        images = torch.zeros(2, channels, side, side, dtype=torch.uint8)
+        images[1] = 255
+        data = utils.Dataset("toy", "own", images, torch.tensor([0, 1]), names)
+        report.show_prediction(model, tmp_path / "mine.png", data, data.statistics(), run)
+        bars = shown[-1].axes[1].patches
+        assert len(bars) == 5 and bars[0].get_width() >= bars[4].get_width() > 0
+    model = segmentation.Segmenter(segmentation.first(4), 4, classes=10)
+    report.show_prediction(model, tmp_path / "mine.png", data, data.statistics(), run)
+    assert len(shown) == 3 and len(shown[-1].axes) == 3  # image, labels over it, labels
+
+
+def test_the_share_of_each_path(classification):
+    block = classification.ResBlock(4, 4)
+    images = torch.rand(2, 4, 8, 8)
+    torch.nn.init.zeros_(block.path[-1].weight)  # the path then adds nothing
+    assert report.path_shares(torch.nn.Sequential(block), images) == [0.0]
+    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1))
+    assert report.path_shares(plain, images) == []
+    torch.manual_seed(0)
+    block = classification.ResBlock(4, 4).eval()
+    path, skip = (part(images).square().mean().sqrt() for part in (block.path, block.skip))
+    expected = (100 * path / (path + skip)).item()
+    assert report.path_shares(block, images) == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_confusion_bars_and_filters(shown):
+    labels = torch.tensor([0, 0, 1, 2, 255])
+    confusion = report.confusion_of(labels, torch.tensor([0, 1, 1, 2, 0]), 3)
+    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    report.show_confusion(confusion, ("a", "b", "c"))
+    assert sorted(text.get_text() for text in shown[-1].axes[0].texts) == ["100", "100", "50", "50"]
+    scores = utils.pixel_scores(confusion)
+    report.show_class_scores(scores, ("a", "b", "c"))
+    heights = [bar.get_height() for bar in shown[-1].axes[0].patches]
+    assert heights == pytest.approx([50, 100, 100, 50, 50, 100])
+    report.show_filters(torch.nn.Conv2d(3, 8, 3))
+    assert len([axes for axes in shown[-1].axes if axes.images]) == 8
+
+
+def test_thresholds_say_what_was_loaded():
+    fresh = utils.History([(1, 1.0, 1.0, 90.0, 91.0, 1.0)])
+    fresh.loaded = 0
+    loaded = utils.History([(1, 1.0, 1.0, 60.0, 61.0, 1.0)])
+    table = report.thresholds([("A", 91.0, 70.0, fresh), ("B", 61.0, 70.0, loaded)]).splitlines()
+    assert table[1].split() == "A 91.00 70.00 passed trained now, 1 epochs".split()
+    assert "NOT passed" in table[2] and "1 of 1 epochs loaded from a checkpoint" in table[2]
+
+
+# ---- Colab
+
+
+def test_colab_installs_what_is_missing_and_keeps_its_torch(tmp_path, monkeypatch, capsys):
+    mounted, commands = [], []
+    drive = types.SimpleNamespace(mount=mounted.append)
+    package = types.ModuleType("google.colab")
+    package.drive = drive
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setattr(colab.subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(colab, "missing_packages", lambda: ["nbval>=0.11"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("DATA_DIR", "CHECKPOINT_DIR"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    colab.set_up("vision")
+    assert "nbval>=0.11" in commands[0] and f"torch=={version('torch')}" in commands[0]
+    assert mounted == ["/content/drive"] and "NO GPU IS ON" in capsys.readouterr().out
+    assert utils.settings().checkpoint_dir.parts[-2:] == ("vision", "checkpoints")
+    assert utils.settings().data_dir.parts[-2:] == ("vision", "data")
+
+
+def test_colab_knows_what_is_missing(tmp_path):
+    assert colab.missing_packages() == []
+    (tmp_path / "requirements.txt").write_text("torch>=2\nno-such-package-here>=1  # why\n\n")
+    assert colab.missing_packages(tmp_path / "requirements.txt") == ["no-such-package-here>=1"]
+    assert colab.missing_packages(tmp_path / "nowhere.txt") == []
+
+
+@pytest.mark.parametrize("name", ["imageclassification", "imagesegmentation"])
+def test_a_notebook_alone_says_what_is_missing(name, tmp_path):
+    cells = json.loads((ROOT / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    command = [sys.executable, "-c", first]
+    alone = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "utils.py is not beside this notebook" in alone.stderr
+    beside = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert beside.returncode == 0 and not beside.stdout
