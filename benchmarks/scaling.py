@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import statistics
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -62,6 +64,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
     parser.add_argument("--steps", type=int, default=8, help="steps of an epoch (default 8)")
     parser.add_argument("--width", type=int, default=64, help="of the model (default 64)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result to FILE as well"
+    )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -76,12 +81,22 @@ def main() -> None:
             print(f"round {number}: {pair[0]:.0f} alone, {pair[1]:.0f} together", flush=True)
     n = options.processes
     shares = [100 * t / (n * a) for a, t in zip(alone, together, strict=True)]
-    print(utils.hardware_name(utils.settings().device))
-    print(
-        f"images/s: {statistics.median(alone):.0f} alone, {statistics.median(together):.0f} with "
-        f"{n} processes; efficiency {statistics.median(shares):.0f}% "
-        f"({min(shares):.0f} to {max(shares):.0f}%, {options.rounds} rounds)"
+    result = dict(
+        machine=utils.hardware_name(utils.settings().device),
+        model=f"CifarResNet({options.width})",
+        processes=n,
+        alone=statistics.median(alone),
+        together=statistics.median(together),
+        efficiency=statistics.median(shares),
+        lowest=min(shares),
+        highest=max(shares),
+        rounds=options.rounds,
+        torch=str(torch.__version__),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
