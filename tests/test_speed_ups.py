@@ -90,7 +90,7 @@ def test_bfloat16_costs_at_most_three_tenths_of_a_point(run, classification, dig
     assert reduced >= exact - 0.3, accuracy
 
 
-def test_a_captured_step_sees_every_batch(monkeypatch):
+def test_a_captured_step_sees_every_batch(monkeypatch, capsys):
     """The recording's bookkeeping, with a graph that replays on the CPU: not a test of CUDA."""
     seen, tape = [], []
 
@@ -126,6 +126,7 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     batches.insert(6, (torch.full((2, 1), 99), torch.full((2,), 99)))  # a short one
     for batch in batches:
         captured(*batch)
+    assert capsys.readouterr().out.count("recorded as a CUDA graph in") == 1
     assert len(tape) == 1 and len(seen) == len(batches)
     for (images, labels), (x, y) in zip(seen, batches, strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
