@@ -245,6 +245,8 @@ def draw_history(record: dict) -> plt.Figure:
             f"final score {old['final']:.2f}%."
         )
     figure.axes[0].set_xlabel(f"epoch\n\n{caption}", fontsize=9)
+    if record["source"] == "own":
+        figure.axes[0].set_title(f"{record['dataset']}, the model of {record['run']}")
     return figure
 
 
