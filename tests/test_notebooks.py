@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -64,3 +65,21 @@ def test_cells_are_short_and_need_no_front_end(name):
                 assert output["output_type"] != "error"
                 assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
         assert all(len(line) <= 100 for line in source.splitlines())
+
+
+def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(tmp_path):
+    """nbval's verdict as JUnit XML, with thresholds that one epoch can't reach."""
+    for file in [*ROOT.glob("*.py"), ROOT / "imageclassification.ipynb"]:
+        shutil.copy(file, tmp_path)
+    settings = dict(PROFILE="quick", EPOCHS="1", THRESHOLD="100")
+    environ = {**os.environ, **settings, "CHECKPOINT_DIR": str(tmp_path / "kept")}
+    options = ["--nbval-lax", "--nbval-current-env", "--junit-xml=grades.xml"]
+    command = [sys.executable, "-m", "pytest", *options, "imageclassification.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    cases = ElementTree.parse(tmp_path / "grades.xml").findall(".//testcase")
+    failures = [case.find("failure") for case in cases]
+    failed = ["".join(failure.itertext()) for failure in failures if failure is not None]
+    assert len(failed) == 2 and len(cases) == 35
+    assert "of the 20% split, below 100.0%" in failed[0] and "MNIST: " in failed[0]
+    assert "CIFAR: " in failed[1]
