@@ -26,8 +26,8 @@ def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
     command += ["--TagRemovePreprocessor.enabled=True"]
     command += ["--TagRemovePreprocessor.remove_cell_tags=threshold", ROOT / name]
     subprocess.run(command, check=True, capture_output=True)
-    for module in ("utils.py", "report.py", "files.py", "checkpoints.py", "owndata.py"):
-        shutil.copy(ROOT / module, tmp_path)
+    for module in ROOT.glob("*.py"):
+        shutil.copy(module, tmp_path)
     stem = name.removesuffix(".ipynb")
     environ = dict(os.environ, PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
     environ |= dict(MPLBACKEND="agg", CHECKPOINT_DIR=str(tmp_path / "kept"))
