@@ -11,7 +11,9 @@ import gc
 import io
 import random
 import re
+import signal
 import tempfile
+import threading
 import traceback
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -325,12 +327,20 @@ def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | Non
 def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkpoint | None):
     """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
 
-    Ctrl-C ends it without an error, with model and history as they were after the last epoch. Out
-    of memory and a loss that is not finite become a UsageError.
+    Ctrl-C ends it without an error, with model and history as they were after the last epoch; what
+    it yields is true from then on. Out of memory and a loss that is not finite become a UsageError.
     """
-    problem = None
+    problem, pressed, chain = None, [], signal.getsignal(signal.SIGINT)
+
+    def note(number, frame) -> None:
+        pressed.append(number)
+        chain(number, frame)  # raises KeyboardInterrupt, which a destructor may swallow
+
+    listens = callable(chain) and threading.current_thread() is threading.main_thread()
+    if listens:
+        signal.signal(signal.SIGINT, note)
     try:
-        yield
+        yield pressed
     except KeyboardInterrupt:
         print(f"Stopped in epoch {len(history) + 1}.", end=" ")
         if checkpoint:
@@ -352,6 +362,8 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
     else:
         return
     finally:
+        if listens:
+            signal.signal(signal.SIGINT, chain)
         optimizer.zero_grad()
     gc.collect()
     if torch.cuda.is_available():

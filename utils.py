@@ -605,8 +605,11 @@ def train(
 
     if run.graphs and not scaler.is_enabled():
         step = CapturedStep(step, optimizer)
-    with guarded(history, optimizer, getattr(batches, "batch_size", None), checkpoint):
+    batch_size = getattr(batches, "batch_size", None)
+    with guarded(history, optimizer, batch_size, checkpoint) as interrupted:
         for epoch in range(len(history) + 1, epochs + 1):
+            if interrupted:
+                raise KeyboardInterrupt  # the first one was swallowed
             if plateaued(history, patience):
                 break
             model.train()

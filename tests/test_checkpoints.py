@@ -424,6 +424,23 @@ def test_ctrl_c_returns_what_there_is(epoch, step, uninterrupted, tmp_path, tall
     tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_destructor_is_not_lost(uninterrupted, tmp_path, tally):
+    """Python ignores what is raised there; training then ends with its epoch."""
+
+    class Leaving:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def leave(loss):
+        Leaving()
+        return loss
+
+    history, _ = victim.fit(tmp_path, loss=fails_at(3, 4, leave))
+    assert len(history) == 3
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
 def test_ctrl_c_in_validation_and_in_a_save(uninterrupted, tmp_path, tally, monkeypatch):
     for owner, name in ((utils, "test"), (checkpoints, "write_whole")):
         folder = tmp_path / name
