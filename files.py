@@ -331,7 +331,7 @@ def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     """The named arrays of an npz file, whose checksums must be right; nothing is unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # numpy stops reading before the checksum
+            damaged = archive.testzip()  # to the end of each, whatever its header says
             if damaged:
                 raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong.")
         with np.load(path, allow_pickle=False) as arrays:

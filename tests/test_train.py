@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import victim
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,12 +15,7 @@ import utils
 
 def toy(n=200, seed=0):
     """Three classes of 8x8 images that brightness and stripes tell apart."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (n,), generator=generator)
-    images = torch.randint(60, (n, 1, 8, 8), generator=generator)
-    images[labels == 1] += 120
-    images[labels == 2, :, ::2] += 190
-    return utils.Dataset("toy", "sample", images.to(torch.uint8), labels, ("a", "b", "c"))
+    return victim.toy(n, seed)
 
 
 def small_model():
