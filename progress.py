@@ -19,11 +19,20 @@ class Progress:
 
     The report every 25 iterations shows totals that were copied on their way at the report before,
     so it never waits for the device; it is drawn every two seconds at most. A loss that is not
-    finite raises there.
+    finite raises there. A `quiet` one shows nothing, and still raises.
     """
 
-    def __init__(self, title: str, source: str, epochs: int, steps: int, device: torch.device):
+    def __init__(
+        self,
+        title: str,
+        source: str,
+        epochs: int,
+        steps: int,
+        device: torch.device,
+        quiet: bool = False,
+    ):
         self.title, self.source, self.epochs, self.steps = title, source, epochs, steps
+        self.quiet = quiet
         self.totals = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
         self.place, self.displays, self.shown = None, {}, 0.0
@@ -56,7 +65,7 @@ class Progress:
 
     def plot(self, history: Sequence) -> None:
         """Accuracy against epoch so far; only in a notebook, always in the same place."""
-        if not history or not _in_notebook():
+        if self.quiet or not history or not _in_notebook():
             return
         import report  # only here: a script draws nothing while it trains
 
@@ -68,6 +77,8 @@ class Progress:
 
     def _line(self, text: str, final: bool) -> None:
         self.shown = time.perf_counter()
+        if self.quiet:
+            return
         if _in_notebook():
             self._display("line", {"text/plain": text})
         elif sys.stdout.isatty():

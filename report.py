@@ -71,6 +71,16 @@ def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
     return counter.get_total_flops() // 2
 
 
+def training_flops(model: nn.Module, batches: Batches, epochs: int) -> float:
+    """Floating-point operations of that many epochs: two for a multiply-add, the backward pass as
+    two forward ones, whatever the size of the images of each epoch."""
+    channels, *shape = batches.dataset.images.shape[1:]
+    size_of = getattr(batches, "side", None)  # recipes.Resized
+    shapes = [[size_of(e)] * 2 if size_of else shape for e in range(1, epochs + 1)]
+    each = {tuple(s): multiply_adds(model, (channels, *s)) for s in shapes}
+    return 6.0 * len(batches.dataset) * sum(each[tuple(s)] for s in shapes)
+
+
 def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int:
     """Side, in pixels, of the square of the input that one output position depends on.
 
@@ -115,10 +125,12 @@ def record_run(
     history: History,
     official_test_accuracy: float,
     seed: int,
+    **others,
 ) -> dict:
     """Write all there is to know about a run to results.json and its figure beside it.
 
-    A record gives way only to one of at least as many epochs. Returns the new record.
+    A record gives way only to one of at least as many epochs. `others` are facts of the run beside
+    those that any has. Returns the new record.
     """
     if not history:
         raise UsageError(f"{name}: no epoch was trained to its end, so there is nothing to record.")
@@ -142,6 +154,7 @@ def record_run(
         model=type(model).__name__,
         parameters=parameters(model),
         multiply_adds=multiply_adds(model, data.images.shape[1:]),
+        flops=training_flops(model, batches, len(history)),
         epochs=len(history),
         batch_size=batches.batch_size,
         optimizer=f"{type(optimizer).__name__} {settings_of}",
@@ -149,6 +162,7 @@ def record_run(
         augmentation=f"flip {batches.flip}, shift {batches.shift}",
         precision=dtype_name(run.precision),
         seed=seed,
+        **others,
         **history.made,
         history=[e._asdict() for e in history],
     )
@@ -189,9 +203,9 @@ def redraw(folder: Path = ROOT / "figures") -> None:
         draw_history(record).savefig(folder / f"{record['run']}.png", dpi=120)
 
 
-def load_records(folder: Path) -> list[dict]:
-    """The records of folder/results.json, none where there is no such file."""
-    file = folder / "results.json"
+def load_records(folder: Path, name: str = "results.json") -> list[dict]:
+    """The records of a folder's file, none where there is no such file."""
+    file = folder / name
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     except (OSError, ValueError) as error:

@@ -59,6 +59,7 @@ class Settings:
     device: torch.device
     precision: torch.dtype  # of the matrix products; weights and sums stay float32
     graphs: bool = False  # on CUDA, replay training steps as graphs
+    quiet: bool = False  # show no line and no plot of a run
     pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
     scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
     size: int = 32  # the side that your own scenes are brought to
@@ -583,7 +584,7 @@ def train(
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)  # see _tally
     history, title = History(), checkpoint.path.stem if checkpoint else type(model).__name__
     source = getattr(getattr(batches, "dataset", None), "source", "own")
-    progress = Progress(title, source, epochs, len(batches), run.device)
+    progress = Progress(title, source, epochs, len(batches), run.device, run.quiet)
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
         parts["random"] = Draws(batches)

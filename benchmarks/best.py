@@ -1,0 +1,209 @@
+"""The best models on the whole training sets, and airbench94 beside ours on the same machine.
+
+Every recipe was chosen on the 20% split; here it is trained on all training images, as its peer is,
+and scored on the official test set, once, when it is finished. Nothing else should run meanwhile.
+
+    python benchmarks/best.py --json benchmarks/best.json --airbench FOLDER
+    python benchmarks/best.py --only mnist-best
+
+FOLDER is a checkout of github.com/KellerJordan/cifar10-airbench. Its airbench94_muon.py is run as
+it stands, once, but for a CPU: cpu for cuda, bfloat16 for half, no compilation (slower on a CPU),
+perf_counter for CUDA's events. Nothing of it is part of this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import recipes  # noqa: E402
+import report  # noqa: E402
+import utils  # noqa: E402
+
+
+def fit(model, batches, test_batches, epochs: int, run: utils.Settings, smoothing=0.1, view=None):
+    """Train on `batches` as the notebooks do; returns what it took and how it scores."""
+    model = model.to(run.device, memory_format=torch.channels_last)
+    optimizer = recipes.Muon(model)
+    schedule = recipes.falling(optimizer, batches, epochs)
+    loss = partial(F.cross_entropy, label_smoothing=smoothing)
+    # a score after each epoch is part of the loop: it is of images that were trained on
+    seen = utils.Batches(batches.dataset.subset(torch.arange(500)), 500, run)
+    history = utils.train(model, optimizer, batches, seen, epochs, run, schedule, loss)
+    row = dict(
+        train_seconds=sum(e.seconds for e in history),
+        flops=report.training_flops(model, batches, epochs),
+        parameters=report.parameters(model),
+        epochs=epochs,
+        images=len(batches.dataset),
+        seed=batches.seed,
+        source=batches.dataset.source,
+    )
+    if batches.dataset.labels.ndim == 3:
+        scores = utils.test_pixels(model, test_batches, len(batches.dataset.classes), run)
+        return row | dict(test_accuracy=scores.accuracy, mean_iou=scores.mean_iou)
+    views = utils.test(recipes.Views(model, view == "mirror"), test_batches, run)
+    return row | dict(test_accuracy=views, without_views=utils.test(model, test_batches, run))
+
+
+def mnist_best(run: utils.Settings, seed: int) -> dict:
+    """DigitNet on all 60,000 digits."""
+    models = report.notebook_definitions("imageclassification.ipynb")
+    training, test = utils.load_mnist(run)
+    facts = training.statistics()
+    warp = models.WARP
+    batches = recipes.Warped(training, 250, run, facts, shuffle=True, seed=seed, **warp)
+    torch.manual_seed(seed)
+    epochs = run.epochs(full=models.DIGIT_EPOCHS, quick=1)
+    return fit(models.DigitNet(), batches, utils.Batches(test, 500, run, facts), epochs, run)
+
+
+def cifar10(name: str, run: utils.Settings, seed: int) -> dict:
+    """FastNet on all 50,000 pictures."""
+    models = report.notebook_definitions("imageclassification.ipynb")
+    training, test = utils.load_cifar10(run)
+    facts = training.statistics()
+    shape, sizes = models.SHAPES[name], models.SIZES[name]
+    options = dict(shuffle=True, flip=True, shift=2, seed=seed, sizes=sizes)
+    batches = recipes.Resized(training, 500, run, facts, **options)
+    torch.manual_seed(seed)
+    seen, _ = next(iter(utils.Batches(training, 5000, run, facts)))
+    model = models.FastNet(*shape).see(seen.cpu())
+    test_batches = utils.Batches(test, 500, run, facts)
+    return fit(model, batches, test_batches, len(sizes), run, view="mirror")
+
+
+def segmentation_best(run: utils.Settings, seed: int) -> dict:
+    """SkipNet on all 50,000 scenes."""
+    models = report.notebook_definitions("imagesegmentation.ipynb")
+    training, test = utils.load_scenes(run)
+    facts = training.statistics()
+    batches = utils.Batches(training, 125, run, facts, shuffle=True, shift=2, seed=seed)
+    torch.manual_seed(seed)
+    epochs = run.epochs(full=models.SKIP_EPOCHS, quick=1)
+    test_batches = utils.Batches(test, 500, run, facts)
+    return fit(models.SkipNet(), batches, test_batches, epochs, run, smoothing=0.0)
+
+
+RUNS: dict[str, Callable[[utils.Settings, int], dict]] = {
+    "mnist-best": mnist_best,
+    "cifar10-94": partial(cifar10, "cifar10-94"),
+    "cifar10-96": partial(cifar10, "cifar10-96"),
+    "segmentation-best": segmentation_best,
+}
+
+
+def for_cpu(code: str) -> str:
+    """The peer's file for a machine without a GPU, as text."""
+    clock = (
+        "class _Clock:\n"
+        "    def record(self): import time; self.at = time.perf_counter()\n"
+        "    def elapsed_time(self, end): return 1e3 * (end.at - self.at)\n"
+    )
+    for old, new in {
+        ".cuda()": "",
+        '"cuda"': '"cpu"',
+        ".half()": ".bfloat16()",
+        "@torch.compile\n": "",
+        'model.compile(mode="max-autotune")': "pass",
+        "torch.cuda.Event(enable_timing=True)": "_Clock()",
+        "torch.cuda.synchronize()": "None",
+        '    main("warmup", model)\n': "",
+        "import torch\n": f"import torch\n{clock}",
+    }.items():
+        if old not in code:
+            raise utils.UsageError(f"The peer's file has no {old!r} any more: see to for_cpu.")
+        code = code.replace(old, new, 1 if old == "import torch\n" else -1)
+    return code
+
+
+def airbench94(folder: Path, run: utils.Settings) -> dict:
+    """One run of airbench94_muon.py on the same data: its own seconds, its own score."""
+    code = (folder / "airbench94_muon.py").read_text(encoding="utf-8").replace("200)]", "1)]")
+    code = code if run.device.type == "cuda" else for_cpu(code)
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "cifar10").mkdir()
+        Path(place, "run.py").write_text(code, encoding="utf-8")
+        for part, data in zip(("train", "test"), utils.load_cifar10(run), strict=True):
+            images = data.images.permute(0, 2, 3, 1).contiguous()
+            parts = dict(images=images, labels=data.labels, classes=data.classes)
+            torch.save(parts, Path(place, "cifar10", f"{part}.pt"))
+        command = [sys.executable, "run.py"]
+        done = subprocess.run(command, cwd=place, check=True, capture_output=True, text=True)
+    *_, before, last = re.findall(r"^\|.*\d.*\|$", done.stdout, re.MULTILINE)
+    *_, seconds = (cell.strip() for cell in before.strip("|").split("|"))
+    *_, score, _ = (cell.strip() for cell in last.strip("|").split("|"))
+    numbers = dict(train_seconds=float(seconds), test_accuracy=100 * float(score), epochs=8)
+    return numbers | dict(flops=0.29e15, images=50_000, source=data.source)  # FLOPs: its README
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| model | images | epochs | training | PFLOP | official test |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        score = f"{row['test_accuracy']:.2f}%"
+        if row.get("mean_iou"):
+            score += f" of pixels, mean IoU {row['mean_iou']:.2f}%"
+        lines.append(
+            f"| {row['model']} | {row['images']:,} | {row['epochs']} | "
+            f"{row['train_seconds']:.0f} s | {row['flops'] / 1e15:.2g} | {score} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to FILE")
+    parser.add_argument("--only", choices=RUNS, action="append", help="this model, and no other")
+    parser.add_argument("--airbench", type=Path, metavar="FOLDER", help="the peer's checkout")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
+    parser.add_argument("--quick", action="store_true", help="samples, an epoch or so")
+    options = parser.parse_args()
+    profile = "quick" if options.quick else "full"
+    run = utils.settings(environ={**os.environ, "PROFILE": profile})
+    print(run, flush=True)
+    sides = [
+        (name, RUNS[name], seed) for name in options.only or RUNS for seed in range(options.seeds)
+    ]
+    rows = []
+    if options.airbench:
+        rows.append(dict(model="airbench94", **airbench94(options.airbench, run)))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    for name, fit_one, seed in sides:
+        rows.append(dict(model=name, **fit_one(run, seed)))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    machine = dict(
+        hardware=utils.hardware_name(run.device),
+        precision=utils.dtype_name(run.precision),
+        torch=torch.__version__,
+        commit=utils.commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    rows = [row | machine for row in rows]
+    print(table(rows))
+    if options.json:
+        kept = json.loads(options.json.read_text()) if options.json.exists() else []
+        kept = [row for row in kept if row["model"] not in {r["model"] for r in rows}]
+        options.json.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

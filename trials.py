@@ -1,0 +1,140 @@
+"""Questions answered by experiment: short trainings on one budget, each from several seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import recipes
+import report
+import utils
+from files import write_whole
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One answer that is tried: a model, its batches and its peak learning rate."""
+
+    make: Callable[[], nn.Module]
+    batches: utils.Batches
+    peak: float
+    cycle: bool = True  # one cycle of the learning rate; or else it stays at the peak
+    muon: bool = False  # Muon with falling rates, in place of AdamW
+    smoothing: float = 0.0  # of the labels
+    views: bool = False  # score the mean of several views of each image
+
+
+def compare(
+    question: str,
+    variants: Mapping[str, Variant],
+    validation: utils.Batches,
+    epochs: int,
+    run: utils.Settings,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> str:
+    """Train every variant from every seed and return a table, a line a variant.
+
+    Scores are of the 20% split after the last epoch, mean and sample standard deviation over the
+    seeds; `jitter` is the mean change of the score from one epoch to the next in the second half.
+    For label maps the mean IoU stands beside them. trials.json keeps the rows.
+    """
+    rows = [_row(question, name, v, validation, epochs, run, seeds) for name, v in variants.items()]
+    if utils.rank() == 0:
+        keep(rows, run.figures)
+    return table(rows)
+
+
+def _row(question, name, variant, validation, epochs, run, seeds) -> dict:
+    """All there is to know about a variant's runs."""
+    histories, scores, ious, data = [], [], [], variant.batches.dataset
+    for seed in seeds:
+        torch.manual_seed(seed)
+        variant.batches.seed = seed
+        model = variant.make().to(run.device, memory_format=torch.channels_last)
+        optimizer, schedule = _optimizer(model, variant, epochs)
+        loss = partial(F.cross_entropy, label_smoothing=variant.smoothing)
+        quiet, batches = replace(run, quiet=True), variant.batches
+        history = utils.train(model, optimizer, batches, validation, epochs, quiet, schedule, loss)
+        histories.append(history)
+        scores.append(history[-1].validation_accuracy)
+        if variant.views:
+            scores[-1] = utils.test(recipes.Views(model), validation, run)
+        if data.labels.ndim == 3:
+            ious.append(utils.test_pixels(model, validation, len(data.classes), run).mean_iou)
+    curves = np.array([[e.validation_accuracy for e in history] for history in histories])
+    changes = np.abs(np.diff(curves[:, curves.shape[1] // 2 :]))
+    return dict(
+        question=question,
+        variant=name,
+        seeds=list(seeds),
+        epochs=epochs,
+        mean=np.mean(scores),
+        spread=np.std(scores, ddof=1),
+        jitter=changes.mean() if changes.size else None,
+        mean_iou=np.mean(ious) if ious else None,
+        seconds=np.mean([sum(e.seconds for e in history) for history in histories]),
+        parameters=report.parameters(model),
+        multiply_adds=report.multiply_adds(model, data.images.shape[1:]),
+        batch_size=variant.batches.batch_size,
+        learning_rate=variant.peak,
+        dataset=data.name,
+        source=data.source,
+        split=f"{len(data)} training, {len(validation.dataset)} validation images",
+        precision=utils.dtype_name(run.precision),
+        **histories[0].made,
+    )
+
+
+def _optimizer(model: nn.Module, variant: Variant, epochs: int):
+    """(optimizer, schedule) of a variant."""
+    peak, batches = variant.peak, variant.batches
+    if variant.muon:
+        optimizer = recipes.Muon(model, filters=peak)
+        return optimizer, recipes.falling(optimizer, batches, epochs)
+    optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
+    return optimizer, utils.one_cycle(optimizer, batches, epochs, peak) if variant.cycle else None
+
+
+def keep(rows: Sequence[dict], folder: Path) -> None:
+    """Put rows into folder/trials.json, in place of the same question's."""
+    questions = {row["question"] for row in rows}
+    old = [row for row in load(folder) if row["question"] not in questions]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(sorted([*old, *rows], key=lambda row: row["question"]), indent=1)
+    write_whole(folder / "trials.json", f"{text}\n".encode())
+
+
+def load(folder: Path) -> list[dict]:
+    """The rows of folder/trials.json."""
+    return report.load_records(folder, "trials.json")
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Rows as a table, and what they were made on."""
+    wide = max(len(row["variant"]) for row in rows) + 2
+    pixels = rows[0]["mean_iou"] is not None
+    lines = [
+        f"{'':<{wide}}{'parameters':>11}{'mult-adds':>11}{'seconds':>9}{'score %':>9}"
+        f"{'spread':>8}{'mean IoU %' if pixels else 'jitter':>11}"
+    ]
+    for row in rows:
+        last = row["mean_iou"] if pixels else row["jitter"]
+        lines.append(
+            f"{row['variant']:<{wide}}{row['parameters']:>11,}"
+            f"{row['multiply_adds'] / 1e6:>9,.1f} M{row['seconds']:>9.1f}{row['mean']:>9.2f}"
+            f"{row['spread']:>8.2f}" + (f"{'-':>11}" if last is None else f"{last:>11.2f}")
+        )
+    row = rows[0]
+    lines.append(
+        f"{len(row['seeds'])} seeds each, {row['epochs']} epochs; {row['dataset']} "
+        f"({row['source']}), {row['split']}; {row['device']}"
+    )
+    return "\n".join(lines)
