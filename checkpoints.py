@@ -342,12 +342,11 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
     try:
         yield pressed
     except KeyboardInterrupt:
-        print(f"Stopped in epoch {len(history) + 1}.", end=" ")
         if checkpoint:
             del history[len(checkpoint.load()[0]) :]  # an epoch whose checkpoint was not written
-            print(f"Run this again to go on after epoch {len(history)}." if history else "")
-        else:
-            print("Its part of the epoch stays in the weights.")
+        way_on = f" Run this again to go on after epoch {len(history)}." if history else ""
+        way_on = way_on if checkpoint else " Its part of the epoch stays in the weights."
+        print(f"Stopped in epoch {len(history) + 1}.{way_on}")
     except FloatingPointError as error:
         good = checkpoint and history and f"; {checkpoint.path} still holds epoch {len(history)}"
         problem = (

@@ -156,6 +156,7 @@ def record_run(
         multiply_adds=multiply_adds(model, data.images.shape[1:]),
         flops=training_flops(model, batches, len(history)),
         epochs=len(history),
+        planned_epochs=history.planned,
         batch_size=batches.batch_size,
         optimizer=f"{type(optimizer).__name__} {settings_of}",
         schedule="constant" if schedule is None else type(schedule).__name__,
@@ -173,14 +174,15 @@ def record_run(
 def save_record(record: dict, folder: Path) -> None:
     """Draw a record and put it into folder/results.json, unless a better founded one is there.
 
-    That is one of more epochs, or one of the published data where this is of other data.
+    That is one of more epochs of the same data, or one of the published data where this is not.
     """
     if rank() > 0:  # of several processes, one saves
         return
     figure = draw_history(record)
     records = {old["run"]: old for old in load_records(folder)}
     old = records.get(record["run"])
-    if old and (old["epochs"] > record["epochs"] or _other(record) and not _other(old)):
+    longer = old and old["dataset"] == record["dataset"] and old["epochs"] > record["epochs"]
+    if longer or old and _other(record) and not _other(old):
         kept = f"{old['run']}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
         print(f"{folder.name}/ keeps its record of {kept}.")
         return
@@ -260,19 +262,29 @@ def draw_history(record: dict) -> plt.Figure:
         )
     figure.axes[0].set_xlabel(f"epoch\n\n{caption}", fontsize=9)
     if record["source"] == "own":
-        figure.axes[0].set_title(f"{record['dataset']}, the model of {record['run']}")
+        title = f"{record['run']} ({record['dataset']}): accuracy against epoch"
+        figure.axes[0].set_title(title)
     return figure
 
 
 def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
-    """A table of (name, score, threshold, history): passed or not, and whether trained just now."""
-    lines = [f"{'threshold':<16}{'score %':>9}{'needed %':>10}   {'result':<12}how"]
+    """A table of (name, score, threshold, history): passed or not, and whether trained just now.
+
+    A threshold of 0 is none.
+    """
+    wide = max(14, *(len(name) for name, *_ in rows)) + 2
+    lines = [f"{'threshold':<{wide}}{'score %':>9}{'needed %':>10}   {'result':<12}how"]
     for name, score, needed, history in rows:
-        how = f"trained now, {len(history)} epochs"
+        done, planned = len(history), history.planned
+        how = f"{done} epochs" if done == planned else f"{done} of {planned} epochs"
         if history.loaded:
-            how = f"{history.loaded} of {len(history)} epochs loaded from a checkpoint"
-        result = "passed" if score >= needed else "NOT passed"
-        lines.append(f"{name:<16}{score:>9.2f}{needed:>10.2f}   {result:<12}{how}")
+            part = f"the first {history.loaded} " if history.loaded < done else ""
+            how += f", {part}from a checkpoint"
+        else:
+            how += ", trained now"
+        result = ("passed" if score >= needed else "NOT passed") if needed else ""
+        mark = f"{needed:.2f}" if needed else "none set"
+        lines.append(f"{name:<{wide}}{score:>9.2f}{mark:>10}   {result:<12}{how}")
     return "\n".join(lines)
 
 
@@ -298,10 +310,12 @@ def summary(records: Sequence[dict]) -> str:
         f"{'final %':>9}{'test %':>8}{'write-up %':>12}{'difference':>12}"
     ]
     for record in records:
-        final, old = record["final_accuracy"], write_up(record)
+        final, old, epochs = record["final_accuracy"], write_up(record), f"{record['epochs']}"
+        if record.get("planned_epochs", record["epochs"]) != record["epochs"]:
+            epochs += f"/{record['planned_epochs']}"
         lines.append(
             f"{record['run']:<16}{record['parameters']:>12,}"
-            f"{record['multiply_adds'] / 1e6:>9,.0f} M{record['epochs']:>8}"
+            f"{record['multiply_adds'] / 1e6:>9,.0f} M{epochs:>8}"
             f"{record['train_seconds']:>9.1f}{final:>9.2f}{record['official_test_accuracy']:>8.2f}"
             + (f"{old['final']:>12.2f}{final - old['final']:>+12.2f}" if old else f"{'-':>12}" * 2)
         )

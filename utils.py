@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from hashlib import sha256
@@ -43,6 +43,14 @@ DIGITS = tuple("0123456789")
 IGNORE = 255  # the label of a pixel that neither the loss nor a score counts
 NOT_PUBLISHED = "not the published files"  # the source of another data set in MNIST's files
 REPORT_EVERY = 25  # iterations between two reports, as in the write-up
+VARIABLES = {  # of the environment: what a value must look like, and the same in words
+    "PROFILE": ("full|quick", "full or quick"),
+    "EPOCHS": (r"0*[1-9]\d*", "a whole number from 1 up"),
+    "SIZE": (r"(?!0+$)(\d*[02468])?[048]|\d*[13579][26]", "a multiple of 4"),
+    "THRESHOLD": (r"\d{1,2}(\.\d*)?|100", "a percentage"),
+    "FLIP": ("[01]", "0 or 1"),
+    "RESUME": ("[01]", "0 or 1"),
+}
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -64,6 +72,9 @@ class Settings:
     scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
     size: int = 32  # the side that your own scenes are brought to
     pass_mark: float | None = None  # in place of the notebooks' thresholds
+    my_picture: Path | None = None  # an image file for the trained model to label
+    flip: bool = True  # whether training mirrors images
+    resume: bool = True  # whether runs go on from their checkpoints
 
     def pick(self, full, quick):
         """The value that belongs to the profile."""
@@ -73,9 +84,27 @@ class Settings:
         """The profile's number of epochs, capped by EPOCHS."""
         return min(self.pick(full, quick), self.epochs_cap or sys.maxsize)
 
+    def budget(self, dataset: Dataset, batch_size: int, *epochs: int) -> list[int]:
+        """[batch size, epochs ..]: as given, but for your own data about 1,000 steps.
+
+        A batch is then a twentieth of the data, 8 or more; epochs are 10 to 200, or EPOCHS.
+        """
+        if dataset.source == "own":
+            batch_size = min(batch_size, max(8, len(dataset) // 20))
+            enough = min(200, max(10, math.ceil(1000 * batch_size / len(dataset))))
+            epochs = [self.epochs_cap or enough] * len(epochs)
+            print(f"{dataset.name}: batches of {batch_size}, {epochs[0]} epochs")
+        return [batch_size, *epochs]
+
     def threshold(self, default: float) -> float:
-        """The percentage to be graded by: THRESHOLD where it is set."""
+        """The percentage to be graded by: THRESHOLD where it is set; 0, none, for your own data."""
+        default = 0.0 if self.kind == "own" else default
         return default if self.pass_mark is None else self.pass_mark
+
+    @property
+    def digits(self) -> Settings:
+        """What MNIST is trained with: beside your own pictures the quick profile, for seconds."""
+        return replace(self, profile="quick") if self.pictures else self
 
     @property
     def kind(self) -> str:
@@ -102,7 +131,8 @@ class Settings:
         graphs = ", steps replayed as CUDA graphs" if self.graphs else ""
         own = ", ".join(str(folder) for folder in (self.pictures, self.scenes) if folder)
         data = f"{data}, and your own in {own}" if own else data
-        cap = f", at most {self.epochs_cap} epochs" if self.epochs_cap else ""
+        cap = f", {'for' if own else 'at most'} {self.epochs_cap} epochs" if self.epochs_cap else ""
+        cap += "" if self.flip else ", no image flipped"
         return (
             f"profile    {self.profile}: {data}{cap}\n"
             f"hardware   {hardware_name(self.device)}\n"
@@ -121,42 +151,31 @@ def settings(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if int(environ.get("WORLD_SIZE") or 1) > 1:
         device = join_processes(device, int(environ["LOCAL_RANK"]))
-    profile = environ.get("PROFILE") or ("full" if device.type == "cuda" else "quick")
-    if profile not in ("full", "quick"):
-        raise UsageError(f"PROFILE is {profile!r}: set it to full or quick, or leave it unset.")
-    cap, size, mark = (environ.get(name) or None for name in ("EPOCHS", "SIZE", "THRESHOLD"))
-    if cap is not None and not (cap.isdecimal() and int(cap) > 0):
-        raise UsageError(f"EPOCHS is {cap!r}: set it to a whole number from 1 up, or leave it out.")
-    if size is not None and not (size.isdecimal() and int(size) > 0 and int(size) % 4 == 0):
-        raise UsageError(f"SIZE is {size!r}: set it to a multiple of 4, or leave it out.")
-    if mark is not None and not re.fullmatch(r"\d{1,2}(\.\d*)?|100", mark):
-        raise UsageError(f"THRESHOLD is {mark!r}: set it to a percentage, or leave it out.")
-    own = {}
-    for name in ("PICTURES", "SCENES"):
-        own[name] = Path(environ[name]).expanduser() if environ.get(name) else None
-        if own[name] and not own[name].is_dir():
-            raise UsageError(f"{name} is {environ[name]!r}, which is no folder here.")
-    data_dir, checkpoint_dir = (
-        Path(environ.get(name) or ROOT / default).expanduser().resolve()
-        for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints"))
-    )
+    value = {name: environ.get(name) or None for name in VARIABLES}
+    for name, (pattern, meaning) in VARIABLES.items():
+        if value[name] and not re.fullmatch(pattern, value[name], re.ASCII):
+            raise UsageError(f"{name} is {value[name]!r}: set it to {meaning}, or leave it out.")
+    paths = {}
+    for name, what in (("PICTURES", "folder"), ("SCENES", "folder"), ("MY_PICTURE", "file")):
+        paths[name.lower()] = path = Path(environ[name]).expanduser() if environ.get(name) else None
+        if path and not (path.is_file() if what == "file" else path.is_dir()):
+            raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
+    for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
+        paths[name.lower()] = Path(environ.get(name) or ROOT / default).expanduser().resolve()
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    precision = precision or best_precision(device)
-    graphs = graphs and device.type == "cuda" and world() == 1
     return Settings(
-        profile=profile,
-        data_dir=data_dir,
-        checkpoint_dir=checkpoint_dir,
-        epochs_cap=int(cap) if cap else None,
+        profile=value["PROFILE"] or ("full" if device.type == "cuda" else "quick"),
+        epochs_cap=int(value["EPOCHS"]) if value["EPOCHS"] else None,
         device=device,
-        precision=precision,
-        graphs=graphs,
-        pictures=own["PICTURES"],
-        scenes=own["SCENES"],
-        size=int(size or 32),
-        pass_mark=float(mark) if mark else None,
+        precision=precision or best_precision(device),
+        graphs=graphs and device.type == "cuda" and world() == 1,
+        size=int(value["SIZE"] or 32),
+        pass_mark=float(value["THRESHOLD"]) if value["THRESHOLD"] else None,
+        flip=value["FLIP"] != "0",
+        resume=value["RESUME"] != "0",
+        **paths,
     )
 
 
@@ -299,9 +318,7 @@ class Dataset:
     def subset(self, index: Tensor) -> Dataset:
         """The examples at `index`, int64 (M)."""
         groups = None if self.groups is None else self.groups[index]
-        return Dataset(
-            self.name, self.source, self.images[index], self.labels[index], self.classes, groups
-        )
+        return replace(self, images=self.images[index], labels=self.labels[index], groups=groups)
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, on the scale 0 to 1."""
@@ -389,7 +406,7 @@ def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
         import owndata
 
         return owndata.load_scenes(run.scenes, run.size)
-    pairs = zip(load_mnist(run), load_cifar10(run), strict=True)
+    pairs = zip(load_mnist(run.digits), load_cifar10(run), strict=True)
     return tuple(
         compose_scenes(digits, backgrounds, seed)
         for seed, (digits, backgrounds) in enumerate(pairs)
@@ -428,7 +445,8 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     classes = tuple(f"digit {name}" for name in digits.classes) + backgrounds.classes
     other = digits.source == NOT_PUBLISHED
     source = digits.source if other else backgrounds.source  # MNIST itself comes in one kind only
-    return Dataset("MNIST-on-CIFAR-10", source, images, labels, classes, backgrounds.groups)
+    name = f"MNIST-on-{backgrounds.name if source == 'own' else 'CIFAR-10'}"
+    return Dataset(name, source, images, labels, classes, backgrounds.groups)
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -541,12 +559,12 @@ class Epoch(NamedTuple):
 
 
 class History(list):
-    """The epochs of a run; `made`: the device, torch, commit and date that made them; `loaded`: how
-    many of them came from a checkpoint."""
+    """The epochs of a run, of so many `planned`; `made`: the device, torch, commit and date that
+    made them; `loaded`: how many of them came from a checkpoint."""
 
     def __init__(self, epochs: Iterable[Sequence] = (), made: Mapping[str, str] | None = None):
         super().__init__(Epoch(*epoch) for epoch in epochs)
-        self.made, self.loaded = dict(made or {}), len(self)
+        self.made, self.loaded, self.planned = dict(made or {}), len(self), len(self)
 
     def add(self, epoch: Epoch, run: Settings) -> None:
         """Append an epoch that was trained here and now."""
@@ -591,7 +609,7 @@ def train(
         others = dict(validation=validation, loss=loss_function, precision=run.precision)
         facts = facts_of(**parts, epochs=epochs, batches=batches, **others)
         history = History(*checkpoint.start(parts, facts))
-
+    history.planned = epochs
     forward = model if world() == 1 else nn.parallel.DistributedDataParallel(model)
 
     def step(images: Tensor, labels: Tensor) -> None:

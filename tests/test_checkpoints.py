@@ -441,7 +441,7 @@ def test_ctrl_c_in_a_destructor_is_not_lost(uninterrupted, tmp_path, tally):
     tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
 
 
-def test_ctrl_c_in_validation_and_in_a_save(uninterrupted, tmp_path, tally, monkeypatch):
+def test_ctrl_c_in_validation_and_in_a_save(uninterrupted, tmp_path, tally, monkeypatch, capsys):
     for owner, name in ((utils, "test"), (checkpoints, "write_whole")):
         folder = tmp_path / name
         with monkeypatch.context() as patch:
@@ -455,6 +455,8 @@ def test_ctrl_c_in_validation_and_in_a_save(uninterrupted, tmp_path, tally, monk
 
             patch.setattr(owner, name, late)
             assert len(victim.fit(folder)[0]) == 2
+            out = capsys.readouterr().out  # an epoch whose checkpoint was not written is not done
+            assert "Stopped in epoch 3. Run this again to go on after epoch 2." in out
         tally.add("faults", survived=victim.fit(folder)[1] == uninterrupted)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -76,19 +78,26 @@ def run_notebook(name, folder, **environ):
 
 def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
     folder = handwriting(tmp_path / "letters")
-    out = run_notebook("imageclassification", tmp_path, PICTURES=str(folder))
+    mine = dict(MY_PICTURE=str(folder / "a" / "1.png"), FLIP="0", RESUME="0")
+    full = dict(PROFILE="full", DATA_DIR="/nowhere", THRESHOLD="")
+    out = run_notebook("imageclassification", tmp_path, PICTURES=str(folder), **mine, **full)
     assert "letters (own): 23 images 3x32x32, labels of 3 classes" in out
-    assert "images of each class: a: " in out and "CIFAR-10 threshold: passed" in out
-    records = report.load_records(tmp_path / "figures" / "own")
-    assert {record["run"]: record["source"] for record in records}["cifar10"] == "own"
-    assert not (tmp_path / "figures" / "quick").exists()
-    assert (tmp_path / "kept" / "own" / "cifar10.pt").exists()
+    assert "images of each class: a: " in out and "letters: batches of 8, 1 epochs" in out
+    printed = [line for line in out.splitlines() if "CIFAR" in line and "epochs of" not in line]
+    assert not printed and re.search(r"\nletters +\d+\.\d\d +none set +1 epochs, trained now", out)
+    records = {r["run"]: r for r in report.load_records(tmp_path / "figures" / "own")}
+    assert records["pictures"]["source"] == "own" and records["pictures"]["dataset"] == "letters"
+    assert records["pictures"]["augmentation"] == "flip False, shift 4"
+    assert records["mnist"]["source"] == "sample"  # in the full profile, too
+    assert [f.name for f in (tmp_path / "figures").iterdir()] == ["own"]
+    assert (tmp_path / "kept" / "own" / "pictures.pt").exists()
 
 
 def test_road_scenes_take_the_place_of_digits_on_pictures(tmp_path):
     out = run_notebook("imagesegmentation", tmp_path, SCENES=str(roads(tmp_path / "roads")))
     assert "roads (own): 13 images 3x32x32, label maps of 12 classes" in out
-    assert "Segmentation threshold: passed" in out
+    assert "Segmentation: no threshold missed" in out and "MNIST-on" not in out
+    assert re.search(r"best on the 20% split: (\S+)\n(.*\n)*?labels by \1\n", out)
     records = report.load_records(tmp_path / "figures" / "own")
     assert len(records) == 4 and {record["dataset"] for record in records} == {"roads"}
 
@@ -116,6 +125,39 @@ def test_masks_are_resized_to_the_nearest_label(tmp_path):
     (tmp_path / "roads" / "classes.txt").unlink()
     numbered = owndata.load_scenes(tmp_path / "roads", size=24)[0]
     assert numbered.classes == tuple(f"class {number}" for number in range(12))
+
+
+def test_video_frames_of_another_shape_than_square(tmp_path):
+    run = utils.settings(environ={"SCENES": str(roads(tmp_path / "roads", 5, (480, 360)))})
+    training, test = utils.load_scenes(replace(run, size=64))
+    assert (len(training), len(test)) == (4, 1) and training.classes == tuple(ROADS)
+    assert training.images.shape[1:] == (3, 64, 64) and training.labels.shape[1:] == (64, 64)
+    assert set(training.labels.unique().tolist()) >= set(range(12))
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs"),
+    [(8, 8, 200), (49, 8, 164), (500, 25, 50), (2000, 100, 50), (50_000, 128, 10)],
+)
+def test_a_budget_of_about_a_thousand_steps(images, batch, epochs, run, capsys):
+    pixels = torch.zeros(images, 1, 4, 4, dtype=torch.uint8)
+    mine = utils.Dataset("mine", "own", pixels, torch.arange(images) % 2, ("a", "b"))
+    assert run.budget(mine, 128, 16, 20) == [batch, epochs, epochs]
+    assert f"mine: batches of {batch}, {epochs} epochs" in capsys.readouterr().out
+    assert replace(run, epochs_cap=300).budget(mine, 128, 16) == [batch, 300]
+    assert run.budget(replace(mine, source="full"), 128, 16, 20) == [128, 16, 20]
+
+
+def test_own_data_has_no_threshold_unless_one_is_set(tmp_path):
+    assert utils.settings(environ={"PICTURES": str(tmp_path)}).threshold(70.0) == 0
+    mark = {"PICTURES": str(tmp_path), "THRESHOLD": "85"}
+    assert utils.settings(environ=mark).threshold(70.0) == 85
+
+
+def test_digits_on_own_pictures_are_called_so(run, tmp_path):
+    mine = replace(run, profile="full", pictures=handwriting(tmp_path / "letters"))
+    training, test = utils.load_scenes(mine)
+    assert training.name == "MNIST-on-letters" and len(training) == 29 and len(test) == 7
 
 
 def test_another_ignore_index(tmp_path):
@@ -147,12 +189,27 @@ def test_the_environment_sets_what_the_settings_cell_shows(tmp_path):
     run = utils.settings(environ={"THRESHOLD": "85.5", "SCENES": str(tmp_path), "SIZE": "96"})
     assert run.threshold(70.0) == 85.5 and run.scenes == tmp_path and run.size == 96
     assert run.figures.name == "own" and str(tmp_path) in str(run)
-    assert utils.settings(environ={}).threshold(70.0) == 70.0
+    run = utils.settings(environ={})
+    assert run.threshold(70.0) == 70.0 and run.flip and run.resume and run.my_picture is None
+    (tmp_path / "cat.png").touch()
+    picture = {"MY_PICTURE": str(tmp_path / "cat.png"), "FLIP": "0", "RESUME": "0"}
+    run = utils.settings(environ=picture)
+    assert run.my_picture == tmp_path / "cat.png" and not run.flip and not run.resume
+    assert "no image flipped" in str(run)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("THRESHOLD", "high"), ("THRESHOLD", "101"), ("SIZE", "33"), ("PICTURES", "/nowhere")],
+    [
+        ("THRESHOLD", "high"),
+        ("THRESHOLD", "101"),
+        ("SIZE", "33"),
+        ("SIZE", "00"),
+        ("FLIP", "no"),
+        ("RESUME", "2"),
+        ("PICTURES", "/nowhere"),
+        ("MY_PICTURE", "/"),
+    ],
 )
 def test_a_variable_that_makes_no_sense_is_refused(name, value):
     with pytest.raises(utils.UsageError, match=f"{name} is '{value}'"):
@@ -221,8 +278,16 @@ def test_thresholds_say_what_was_loaded():
     fresh.loaded = 0
     loaded = utils.History([(1, 1.0, 1.0, 60.0, 61.0, 1.0)])
     table = report.thresholds([("A", 91.0, 70.0, fresh), ("B", 61.0, 70.0, loaded)]).splitlines()
-    assert table[1].split() == "A 91.00 70.00 passed trained now, 1 epochs".split()
-    assert "NOT passed" in table[2] and "1 of 1 epochs loaded from a checkpoint" in table[2]
+    assert table[1].split() == "A 91.00 70.00 passed 1 epochs, trained now".split()
+    assert "NOT passed" in table[2] and "1 epochs, from a checkpoint" in table[2]
+    longer = utils.History([(n, 1.0, 1.0, 60.0, 61.0, 1.0) for n in (1, 2, 3, 4)])
+    longer.loaded, longer.planned = 3, 400
+    table = report.thresholds([("A", 61.0, 0.0, longer), ("a folder's long name", 1, 2, fresh)])
+    lines = table.splitlines()
+    hows = "how", "4 of 400", "1 epochs"
+    words = "A 61.00 none set 4 of 400 epochs, the first 3 from a checkpoint"
+    assert lines[1].split() == words.split()
+    assert len({line.index(word) for line, word in zip(lines, hows, strict=True)}) == 1
 
 
 # ---- Colab

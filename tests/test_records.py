@@ -57,10 +57,13 @@ def test_a_record_gives_way_only_to_as_many_epochs(recorded, tmp_path, capsys):
     report.save_record({**recorded, "epochs": 3, "history": history, "seed": 3}, folder)
     report.save_record({**recorded, "run": "cifar10", "source": "full"}, folder)
     report.save_record({**recorded, "run": "cifar10", "source": utils.NOT_PUBLISHED}, folder)
+    report.save_record({**recorded, "run": "pictures", "epochs": 9, "dataset": "a"}, folder)
+    report.save_record({**recorded, "run": "pictures", "dataset": "b", "seed": 4}, folder)
     assert "keeps its record of cifar10" in capsys.readouterr().out
     assert [(r["run"], r["seed"]) for r in report.load_records(folder)] == [
         ("cifar10", 0),
         ("mnist", 3),
+        ("pictures", 4),  # shorter, but of other data
     ]
 
 
@@ -88,6 +91,8 @@ def test_the_summary_compares_full_runs_with_the_write_up(recorded):
     better = {**recorded, "source": "full", "final_accuracy": 99.725}
     assert report.summary([better]).splitlines()[1].split()[-2:] == ["93.72", "+6.00"]
     assert report.summary([recorded]).splitlines()[1].split()[-2:] == ["-", "-"]
+    stopped = {**recorded, "epochs": 120, "planned_epochs": 400}
+    assert " 120/400 " in report.summary([stopped])
 
 
 def test_figures_are_drawn_again_from_the_results(recorded, tmp_path):

@@ -23,6 +23,11 @@ def test_epochs_caps_the_profiles_number():
     assert choose(PROFILE="quick", EPOCHS="30").epochs(full=100, quick=5) == 5
 
 
+def test_with_own_data_epochs_is_the_number(tmp_path):
+    assert "at most 30 epochs" in str(choose(EPOCHS="30"))
+    assert ", for 30 epochs" in str(choose(EPOCHS="30", PICTURES=str(tmp_path)))
+
+
 @pytest.mark.parametrize("profile", ["Full", "fast", "1"])
 def test_an_unknown_profile_is_refused(profile):
     with pytest.raises(utils.UsageError, match=f"PROFILE is '{profile}': set it to full or quick"):
