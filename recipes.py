@@ -109,10 +109,10 @@ class Resized(Batches):
 
 
 class Warped(Batches):
-    """`Batches` whose every image is turned, slanted, stretched and moved a little, each its own way.
+    """`Batches` whose every image is turned, slanted, stretched and moved, each in its own way.
 
-    By up to so many `degrees` (turned, and slanted), a part `stretch` of its side and `move` pixels;
-    the border is filled with the first pixel. For labels of images.
+    By up to `degrees` (turned, and slanted as much), a part `stretch` of its side, `move` pixels;
+    the border is filled with its first pixel. For labels of images.
     """
 
     def __init__(self, *batches, degrees: float, stretch: float, move: float, **options):
@@ -141,8 +141,9 @@ class Warped(Batches):
 
 
 class Views(nn.Module):
-    """A trained classifier that looks six times: at the image and its mirror image, each where it is
-    and moved by a pixel up and left, down and right; those moved count half. Scores are averaged.
+    """A trained classifier that looks at each image in several places, and at its mirror image.
+
+    Where it is, and moved by a pixel up and left, down and right; the moved ones count half.
     """
 
     def __init__(self, model: nn.Module, mirror: bool = True):

@@ -70,7 +70,7 @@ def _row(question, name, variant, validation, epochs, run, seeds) -> dict:
         if data.labels.ndim == 3:
             ious.append(utils.test_pixels(model, validation, len(data.classes), run).mean_iou)
     curves = np.array([[e.validation_accuracy for e in history] for history in histories])
-    changes = np.abs(np.diff(curves[:, curves.shape[1] // 2 :]))
+    changes = np.abs(np.diff(curves[:, max(0, epochs // 2 - 1) :]))
     return dict(
         question=question,
         variant=name,

@@ -14,6 +14,7 @@ perf_counter for CUDA's events. Nothing of it is part of this project.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -180,15 +181,13 @@ def main() -> None:
     profile = "quick" if options.quick else "full"
     run = utils.settings(environ={**os.environ, "PROFILE": profile})
     print(run, flush=True)
-    sides = [
-        (name, RUNS[name], seed) for name in options.only or RUNS for seed in range(options.seeds)
-    ]
+    names, seeds = options.only or list(RUNS), range(options.seeds)
     rows = []
     if options.airbench:
         rows.append(dict(model="airbench94", **airbench94(options.airbench, run)))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
-    for name, fit_one, seed in sides:
-        rows.append(dict(model=name, **fit_one(run, seed)))
+    for name, seed in itertools.product(names, seeds):
+        rows.append(dict(model=name, **RUNS[name](run, seed)))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     machine = dict(
         hardware=utils.hardware_name(run.device),
