@@ -73,6 +73,16 @@ def ask(address, what):
         return json.load(answer)
 
 
+def runs(server, seconds=10):
+    """Whether a kernel starts to work within some seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if any(kernel["execution_state"] == "busy" for kernel in ask(server, "kernels")):
+            return True
+        time.sleep(0.2)
+    return False
+
+
 def screenshot(page, request, name):
     folder = request.config.getoption("screenshots")
     if folder:
@@ -88,8 +98,11 @@ def test_a_notebook_runs_from_start_to_end_in_jupyterlab(name, browser, server, 
     page.locator(".jp-Toolbar-kernelStatus[data-status=idle], [data-status=idle]").first.wait_for(
         timeout=60_000
     )
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    for _ in range(5):  # a click that comes before the page has found its kernel is lost
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        if runs(server):
+            break
     idle, since = 0, time.monotonic()
     while idle < 5 and time.monotonic() - since < 600:  # five looks in a row
         time.sleep(2)
