@@ -81,6 +81,11 @@ def falling(optimizer: torch.optim.Optimizer, batches, epochs: int):
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(batches))
 
 
+def growing(epochs: int, sides: Sequence[int] = (20, 20, 24, 24, 28, 32)) -> list[int]:
+    """Sides of images for so many epochs, in pixels: each of `sides` for its part of them."""
+    return [sides[len(sides) * epoch // epochs] for epoch in range(epochs)]
+
+
 class Resized(Batches):
     """`Batches` of smaller images at first: epoch e's are brought to `sizes[e - 1]` pixels a side.
 

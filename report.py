@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,12 +101,12 @@ def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int
     return int((touched.max(0).values - touched.min(0).values).max()) + 1
 
 
-def notebook_definitions(notebook: str) -> SimpleNamespace:
-    """What the cells tagged `definition` of a notebook define: its models, by name."""
+def notebook_definitions(notebook: str, tags: Collection[str] = ("definition",)) -> SimpleNamespace:
+    """What the cells of a notebook with one of `tags` define, by name: its models, say."""
     cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
     namespace = {"torch": torch, "nn": nn}
     for cell in cells:
-        if "definition" in cell["metadata"].get("tags", []):
+        if set(tags) & set(cell["metadata"].get("tags", [])):
             exec("".join(cell["source"]), namespace)
     return SimpleNamespace(**namespace)
 

@@ -79,7 +79,7 @@ def cifar10(name: str, run: utils.Settings, seed: int) -> dict:
     models = report.notebook_definitions("imageclassification.ipynb")
     training, test = utils.load_cifar10(run)
     facts = training.statistics()
-    shape, sizes = models.SHAPES[name], models.SIZES[name]
+    shape, sizes = models.SHAPES[name], recipes.growing(models.FAST_EPOCHS[name])
     options = dict(shuffle=True, flip=True, shift=2, seed=seed, sizes=sizes)
     batches = recipes.Resized(training, 500, run, facts, **options)
     torch.manual_seed(seed)
