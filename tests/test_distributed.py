@@ -58,7 +58,7 @@ def test_a_notebook_runs_under_torchrun(tmp_path):
     kept = tmp_path / "kept"
     environ = dict(EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg", CHECKPOINT_DIR=str(kept))
     out = start(2, "imageclassification.py", cwd=tmp_path, **environ)
-    assert out.count("MNIST threshold: passed") == 1
+    assert out.count("MNIST: no threshold missed") == 1
     records = report.load_records(tmp_path / "figures" / "quick")
     assert [record["run"] for record in records] == ["cifar10", "mnist"]
     assert all(record["device"].startswith("2 x ") for record in records)
