@@ -82,8 +82,8 @@ def falling(optimizer: torch.optim.Optimizer, batches, epochs: int):
 
 
 def growing(epochs: int, sides: Sequence[int] = (20, 20, 24, 24, 28, 32)) -> list[int]:
-    """Sides of images for so many epochs, in pixels: each of `sides` for its part of them."""
-    return [sides[len(sides) * epoch // epochs] for epoch in range(epochs)]
+    """Sides of images for epochs 1, 2 .., in pixels: each of `sides` in its turn, to the last."""
+    return [sides[(len(sides) * epoch - 1) // epochs] for epoch in range(1, epochs + 1)]
 
 
 class Resized(Batches):

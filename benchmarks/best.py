@@ -37,10 +37,19 @@ import report  # noqa: E402
 import utils  # noqa: E402
 
 
-def fit(model, batches, test_batches, epochs: int, run: utils.Settings, smoothing=0.1, view=None):
+def fit(
+    model: torch.nn.Module,
+    batches: utils.Batches,
+    test_batches: utils.Batches,
+    epochs: int,
+    run: utils.Settings,
+    filters: float = 0.1,
+    smoothing: float = 0.1,
+    mirror: bool = False,
+) -> dict:
     """Train on `batches` as the notebooks do; returns what it took and how it scores."""
     model = model.to(run.device, memory_format=torch.channels_last)
-    optimizer = recipes.Muon(model)
+    optimizer = recipes.Muon(model, filters)
     schedule = recipes.falling(optimizer, batches, epochs)
     loss = partial(F.cross_entropy, label_smoothing=smoothing)
     # a score after each epoch is part of the loop: it is of images that were trained on
@@ -58,7 +67,7 @@ def fit(model, batches, test_batches, epochs: int, run: utils.Settings, smoothin
     if batches.dataset.labels.ndim == 3:
         scores = utils.test_pixels(model, test_batches, len(batches.dataset.classes), run)
         return row | dict(test_accuracy=scores.accuracy, mean_iou=scores.mean_iou)
-    views = utils.test(recipes.Views(model, view == "mirror"), test_batches, run)
+    views = utils.test(recipes.Views(model, mirror), test_batches, run)
     return row | dict(test_accuracy=views, without_views=utils.test(model, test_batches, run))
 
 
@@ -79,14 +88,15 @@ def cifar10(name: str, run: utils.Settings, seed: int) -> dict:
     models = report.notebook_definitions("imageclassification.ipynb")
     training, test = utils.load_cifar10(run)
     facts = training.statistics()
-    shape, sizes = models.SHAPES[name], recipes.growing(models.FAST_EPOCHS[name])
+    epochs = run.epochs(full=models.FAST_EPOCHS[name], quick=1)
+    shape, sizes = models.SHAPES[name], recipes.growing(epochs)
     options = dict(shuffle=True, flip=True, shift=2, seed=seed, sizes=sizes)
     batches = recipes.Resized(training, 500, run, facts, **options)
     torch.manual_seed(seed)
     seen, _ = next(iter(utils.Batches(training, 5000, run, facts)))
     model = models.FastNet(*shape).see(seen.cpu())
     test_batches = utils.Batches(test, 500, run, facts)
-    return fit(model, batches, test_batches, len(sizes), run, view="mirror")
+    return fit(model, batches, test_batches, epochs, run, mirror=True)
 
 
 def segmentation_best(run: utils.Settings, seed: int) -> dict:
@@ -98,7 +108,7 @@ def segmentation_best(run: utils.Settings, seed: int) -> dict:
     torch.manual_seed(seed)
     epochs = run.epochs(full=models.SKIP_EPOCHS, quick=1)
     test_batches = utils.Batches(test, 500, run, facts)
-    return fit(models.SkipNet(), batches, test_batches, epochs, run, smoothing=0.0)
+    return fit(models.SkipNet(), batches, test_batches, epochs, run, filters=0.05, smoothing=0.0)
 
 
 RUNS: dict[str, Callable[[utils.Settings, int], dict]] = {

@@ -1,0 +1,226 @@
+"""The parts of the best models' recipes: Muon, images that grow or are warped, several views."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import recipes
+import report
+import trials
+import utils
+
+
+@pytest.fixture
+def pictures():
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 3, 32, 32), generator=draws, dtype=torch.uint8)
+    return utils.Dataset("noise", "sample", images, torch.arange(40) % 10, utils.DIGITS)
+
+
+def test_orthogonal_keeps_the_directions_and_evens_their_lengths():
+    u, _, v = torch.linalg.svd(torch.randn(24, 60), full_matrices=False)
+    matrix = u @ torch.diag(torch.linspace(1, 5, 24)) @ v
+    for m, ideal in ((matrix, u @ v), (matrix.T, (u @ v).T)):
+        result = recipes.orthogonal(m)
+        assert result.shape == m.shape and result.dtype == m.dtype
+        values = torch.linalg.svdvals(result)
+        assert 0.4 < values.min() and values.max() < 1.3
+        assert torch.nn.functional.cosine_similarity(result, ideal, dim=1).min() > 0.9
+
+
+def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classification):
+    torch.manual_seed(0)
+    model = classification.FastNet((8, 8, 8))
+    before = copy.deepcopy(model)
+    optimizer = recipes.Muon(model, filters=0.1, others=5e-3)
+    filters = {id(p) for p in optimizer.filters}
+    named = {n: p for n, p in model.named_parameters() if id(p) in filters}
+    assert len(named) == 6 and all(p.ndim == 4 for p in named.values())
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    old = dict(before.named_parameters())
+    for name, p in model.named_parameters():
+        if name in named:
+            start = old[name] * len(p) ** 0.5 / old[name].norm()
+            step = torch.linalg.svdvals((p - start).flatten(1).detach())
+            assert step.max() < 0.13  # filters times the largest singular value
+        elif p.requires_grad:
+            assert 0 < (p - old[name]).abs().max() <= 5e-3 * 1.01
+        else:
+            assert torch.equal(p, old[name])
+
+
+def test_muon_goes_on_from_its_state_to_the_same_bits(classification):
+    def run(optimizer, model, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = classification.FastNet((8, 8, 8))
+    optimizer = recipes.Muon(model)
+    run(optimizer, model, (1, 2))
+    again = copy.deepcopy(model)
+    resumed = recipes.Muon(again)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, model, (3, 4))
+    run(resumed, again, (3, 4))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_needs_filters():
+    with pytest.raises(utils.UsageError, match="Linear has no convolution without a bias"):
+        recipes.Muon(nn.Linear(2, 2))
+
+
+class Cut(recipes.Resized):
+    """Batches at whose third epoch somebody presses Ctrl-C."""
+
+    def set_epoch(self, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        super().set_epoch(epoch)
+
+
+def test_a_run_with_muon_and_growing_images_goes_on_to_the_same_bits(run, pictures, classification):
+    def trained(name, batches_of=recipes.Resized):
+        torch.manual_seed(0)
+        model = classification.FastNet((8, 8, 8))
+        batches = batches_of(pictures, 10, run, shuffle=True, sizes=(16, 24, 32))
+        optimizer, validation = recipes.Muon(model), utils.Batches(pictures, 20, run)
+        schedule, checkpoint = recipes.falling(optimizer, batches, 3), run.checkpoint(name)
+        history = utils.train(
+            model, optimizer, batches, validation, 3, run, schedule, checkpoint=checkpoint
+        )
+        return history, list(model.parameters())
+
+    _, whole = trained("whole")
+    assert len(trained("cut", Cut)[0]) == 2
+    history, resumed = trained("cut")
+    assert history.loaded == 2 and len(history) == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize("epochs", range(1, 40))
+def test_images_grow_to_their_full_size(epochs):
+    sizes = recipes.growing(epochs)
+    assert len(sizes) == epochs and sizes[-1] == 32 and sizes == sorted(sizes)
+    assert recipes.growing(12) == [20] * 4 + [24] * 4 + [28] * 2 + [32] * 2
+
+
+def test_resized_batches_are_the_same_images_made_small(run, pictures):
+    plain = utils.Batches(pictures, 10, run, shuffle=True, seed=3)
+    resized = recipes.Resized(pictures, 10, run, shuffle=True, seed=3, sizes=(16, 32))
+    for epoch, side in ((1, 16), (2, 32), (3, 32)):
+        plain.set_epoch(epoch)
+        resized.set_epoch(epoch)
+        for (images, labels), (small, same) in zip(plain, resized, strict=True):
+            assert small.shape == (10, 3, side, side) and torch.equal(labels, same)
+            assert small.mean().item() == pytest.approx(images.mean().item(), abs=0.01)
+    assert "sizes (16, 32)" in str(resized)
+    one, two = (report.training_flops(nn.Conv2d(3, 4, 1), resized, n) for n in (1, 2))
+    assert one == 6 * 40 * 16 * 16 * 12 and two == one + 6 * 40 * 32 * 32 * 12
+
+
+def test_warped_batches_without_a_warp_are_plain_ones(run, pictures):
+    plain = utils.Batches(pictures, 10, run, shuffle=True)
+    still = recipes.Warped(pictures, 10, run, shuffle=True, degrees=0, stretch=0, move=0)
+    for (images, labels), (same, known) in zip(plain, still, strict=True):
+        torch.testing.assert_close(same, images, atol=1e-4, rtol=1e-4)
+        assert torch.equal(labels, known)
+
+
+def test_a_warp_moves_by_pixels_and_turns_by_degrees(run):
+    image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    image[..., 10:18, 13:15] = 255  # a bar, upright
+    bars = utils.Dataset(
+        "bars", "sample", image.repeat(200, 1, 1, 1), torch.arange(200) % 2, ("a", "b")
+    )
+    where = torch.arange(28.0)
+
+    def middles(**warp):
+        options = {**dict(degrees=0, stretch=0, move=0), **warp}
+        batches = recipes.Warped(bars, 200, run, ([0.0], [1.0]), **options)
+        ink = next(iter(batches))[0][:, 0]
+        return (ink.sum(1) @ where) / ink.sum((1, 2)), ink
+
+    across, _ = middles(move=2.5)
+    assert 15.5 < across.max() < 16.1 and 10.9 < across.min() < 11.5  # from 13.5
+    upright, ink = middles(degrees=12)
+    assert (upright - 13.5).abs().max() < 0.2
+    rows = ink[:, [11, 16]]
+    top, bottom = ((rows @ where) / rows.sum(2)).T
+    assert 1 < (top - bottom).abs().max() < 5 * 0.46  # it leans, by tan(12) and 12 degrees slant
+    batches = recipes.Warped(bars, 200, run, degrees=12, stretch=0.1, move=2, seed=1)
+    first = next(iter(batches))[0]
+    batches.set_epoch(1)
+    assert not torch.equal(first, next(iter(batches))[0])
+    batches.set_epoch(0)
+    assert torch.equal(first, next(iter(batches))[0])
+
+
+def test_views_are_averaged(pictures):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    wide = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    moved = wide[..., :32, :32], wide[..., 2:, 2:]
+    plain = 0.5 * model(images) + 0.25 * model(moved[0]) + 0.25 * model(moved[1])
+    torch.testing.assert_close(recipes.Views(model, mirror=False)(images), plain)
+    mirrored = 0.5 * model(images.flip(-1)) + 0.25 * sum(model(view.flip(-1)) for view in moved)
+    torch.testing.assert_close(recipes.Views(model)(images), (plain + mirrored) / 2)
+
+
+def test_whitening_evens_out_the_patches(pictures, classification):
+    images = nn.functional.avg_pool2d(torch.randn(20, 3, 64, 64), 2)
+    model = classification.FastNet((8, 8, 8)).see(images)
+    first = model.whiten(images)[:, :12].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(first @ first.T / first.shape[1], torch.eye(12), atol=0.02, rtol=0)
+    assert torch.equal(model.whiten.weight[12:], -model.whiten.weight[:12])
+    assert not model.whiten.weight.requires_grad
+
+
+@pytest.mark.parametrize("side", [16, 20, 24, 28, 32])
+def test_the_best_models_take_images_of_several_sizes(side, classification, segmentation):
+    for shape in classification.SHAPES.values():
+        model = classification.FastNet(tuple(w // 8 for w in shape[0]), shape[1], classes=7).eval()
+        assert model(torch.zeros(2, 3, side, side)).shape == (2, 7)
+    if side % 8 == 0:
+        assert segmentation.SkipNet(4, 5).eval()(torch.zeros(2, 3, side, side)).shape[1:] == (
+            5,
+            side,
+            side,
+        )
+    assert classification.DigitNet(4).eval()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    quick = replace(run, quiet=True)
+    batches = utils.Batches(pictures, 20, quick, shuffle=True)
+
+    def make():
+        convolution = nn.Conv2d(3, 4, 3, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, 10))
+
+    variants = {
+        "AdamW": trials.Variant(make, batches, 1e-3),
+        "constant": trials.Variant(make, batches, 1e-3, cycle=False),
+        "Muon": trials.Variant(make, batches, 0.1, muon=True, smoothing=0.1, views=True),
+    }
+    text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 2, quick)
+    assert "On record" not in text and text.splitlines()[1].startswith("AdamW")
+    rows = trials.load(quick.figures)
+    assert [row["variant"] for row in rows] == list(variants)
+    assert {len(row["seeds"]) for row in rows} == {3} and rows[0]["spread"] >= 0
+    trials.keep([{**rows[0], "question": "else?"}], quick.figures)
+    trials.keep(rows[:1], quick.figures)
+    assert [row["question"] for row in trials.load(quick.figures)] == ["else?", "what?"]
+    trials.keep(rows, tmp_path / "figures")
+    text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 2, quick)
+    assert "On record, of the full data:" in text
