@@ -46,7 +46,7 @@ REPORT_EVERY = 25  # iterations between two reports, as in the write-up
 VARIABLES = {  # of the environment: what a value must look like, and the same in words
     "PROFILE": ("full|quick", "full or quick"),
     "EPOCHS": (r"0*[1-9]\d*", "a whole number from 1 up"),
-    "SIZE": (r"(?!0+$)(\d*[02468])?[048]|\d*[13579][26]", "a multiple of 4"),
+    "SIZE": ("|".join(str(side) for side in range(8, 1025, 8)), "a multiple of 8 up to 1024"),
     "THRESHOLD": (r"\d{1,2}(\.\d*)?|100", "a percentage"),
     "FLIP": ("[01]", "0 or 1"),
     "RESUME": ("[01]", "0 or 1"),

@@ -119,27 +119,29 @@ RUNS: dict[str, Callable[[utils.Settings, int], dict]] = {
 }
 
 
+CLOCK = """class _Clock:
+    def record(self): import time; self.at = time.perf_counter()
+    def elapsed_time(self, end): return 1e3 * (end.at - self.at)
+"""
+CPU = {  # what becomes of the peer's file where there is no GPU
+    "import torch\n": f"import torch\n{CLOCK}",
+    ".cuda()": "",
+    '"cuda"': '"cpu"',
+    ".half()": ".bfloat16()",
+    "@torch.compile\n": "",
+    'model.compile(mode="max-autotune")': "pass",
+    "torch.cuda.Event(enable_timing=True)": "_Clock()",
+    "torch.cuda.synchronize()": "None",
+    '    main("warmup", model)\n': "",
+}
+
+
 def for_cpu(code: str) -> str:
     """The peer's file for a machine without a GPU, as text."""
-    clock = (
-        "class _Clock:\n"
-        "    def record(self): import time; self.at = time.perf_counter()\n"
-        "    def elapsed_time(self, end): return 1e3 * (end.at - self.at)\n"
-    )
-    for old, new in {
-        ".cuda()": "",
-        '"cuda"': '"cpu"',
-        ".half()": ".bfloat16()",
-        "@torch.compile\n": "",
-        'model.compile(mode="max-autotune")': "pass",
-        "torch.cuda.Event(enable_timing=True)": "_Clock()",
-        "torch.cuda.synchronize()": "None",
-        '    main("warmup", model)\n': "",
-        "import torch\n": f"import torch\n{clock}",
-    }.items():
+    for old, new in CPU.items():
         if old not in code:
-            raise utils.UsageError(f"The peer's file has no {old!r} any more: see to for_cpu.")
-        code = code.replace(old, new, 1 if old == "import torch\n" else -1)
+            raise utils.UsageError(f"The peer's file has no {old!r} any more: see to best.CPU.")
+        code = code.replace(old, new)
     return code
 
 

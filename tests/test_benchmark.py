@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import utils
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import best  # noqa: E402
 import speed  # noqa: E402
 
 
@@ -75,3 +77,17 @@ def test_the_saved_run_is_a_full_one(name):
     saved = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
     rows = [row for row in saved["rows"] if row["model"] == name and "b_is" not in row]
     assert len(rows) >= 5 and all(row["rounds"] >= 5 or "memory" in row["metric"] for row in rows)
+
+
+def test_the_readme_has_the_best_models_as_they_were_measured():
+    rows = json.loads((ROOT / "benchmarks" / "best.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert best.table(rows) in readme.partition("<!-- best -->")[2].partition("<!-- /best -->")[0]
+    assert len({(row["hardware"], row["torch"]) for row in rows}) == 1
+
+
+def test_the_peers_file_is_changed_for_a_cpu_in_all_that_names_cuda():
+    peer = "\n".join(best.CPU)
+    assert not re.search("cuda|half|compile", best.for_cpu(peer).replace("_Clock", ""))
+    with pytest.raises(utils.UsageError, match="The peer's file has no"):
+        best.for_cpu("import torch\n")
