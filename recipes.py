@@ -1,8 +1,8 @@
-"""Faster ways to learn, for the best models of each kind: an optimiser, batches, a second look.
+"""Faster ways to learn, for the best models of each kind: an optimizer, batches, a second look.
 
-All stand beside `utils.train`, which takes them as it takes any optimiser and any batches. Ideas
-are others', named where they are used; the most are gathered in Jordan, 94% on CIFAR-10 in 3.29
-Seconds, 2024 (arXiv:2404.00498).
+All stand beside `utils.train`, which takes them as it takes any optimizer and any batches. The
+ideas are others', named where they are used; most are gathered in Jordan, 94% on CIFAR-10 in 3.29
+Seconds, 2024 (arXiv:2404.00498), whose airbench94 they are measured by.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import Batches, UsageError, generator
+from utils import Batches, UsageError, best_precision, generator
 
 
 class Muon(torch.optim.AdamW):
     """Muon for a model's filters, AdamW for everything else.
 
-    Filters are the weights of convolutions without a bias, whose scale the batch normalisation
-    after them undoes. Their averaged gradient, as a matrix with a row for each filter, is made
-    orthogonal, so that a step moves every direction by as much; the rows keep a mean square of 1,
-    so `filters` is the size of a step beside the weights'. `others` is AdamW's learning rate.
+    Filters are the weights of convolutions without a bias, whose scale a batch normalisation must
+    undo. Their averaged gradient, as a matrix with a row for each filter, is made orthogonal, so
+    that a step moves every direction by as much. Filters keep a norm of 1, in root mean square, so
+    that `filters`, their learning rate, is relative; `others` is AdamW's.
     Jordan et al., Muon, 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes matrices
     only.
     """
@@ -44,30 +44,34 @@ class Muon(torch.optim.AdamW):
             raise UsageError(f"{type(model).__name__} has no convolution without a bias for Muon.")
         groups = [dict(params=self.filters, lr=filters, momentum=momentum), dict(params=rest)]
         super().__init__(groups, others, betas=(0.9, 0.99), weight_decay=weight_decay)
+        self.defaults |= dict(filters=filters, momentum=momentum)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """Step the filters, and leave the rest to AdamW."""
         group = self.param_groups[0]
         for weight in self.filters:
+            if weight.grad is None:
+                continue
             state = self.state[weight]
-            if not state:
+            if not state:  # AdamW asks every state that is loaded for a step
                 state.update(step=torch.zeros(()), average=torch.zeros_like(weight))
             average = state["average"].mul_(group["momentum"]).add_(weight.grad)
             ahead = weight.grad.add(average, alpha=group["momentum"])  # Nesterov's
             weight.mul_(math.sqrt(len(weight)) / weight.norm())
             weight.sub_(group["lr"] * orthogonal(ahead.flatten(1)).view_as(weight))
             weight.grad = None  # AdamW passes over what has none
-        return super().step(closure)
+        super().step()
 
 
 def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     """A matrix (M, N) with its singular values brought near 1, by Newton and Schulz's iteration.
 
-    Three steps of a fifth-degree polynomial, steep at zero, bring those above a hundredth of the
-    matrix's norm to between 0.3 and 1.3; the coefficients are Jordan's.
+    Three steps of a fifth-degree polynomial that is steep at zero; the coefficients are Jordan's.
+    In bfloat16 where the hardware multiplies it natively.
     """
-    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    native = best_precision(matrix.device) == torch.bfloat16
+    x = matrix.to(torch.bfloat16 if native else torch.float32) / (matrix.norm() + 1e-7)
     if tall := len(x) > x.shape[1]:
         x = x.T
     for _ in range(steps):
@@ -76,12 +80,12 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def falling(optimizer: torch.optim.Optimizer, batches, epochs: int):
+def linear_decay(optimizer: torch.optim.Optimizer, batches, epochs: int):
     """Learning rates that fall in a line, from what they are to 0 after the last step."""
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(batches))
 
 
-def growing(epochs: int, sides: Sequence[int] = (20, 20, 24, 24, 28, 32)) -> list[int]:
+def progressive_sizes(epochs: int, sides: Sequence[int] = (20, 20, 24, 24, 28, 32)) -> list[int]:
     """Sides of images for epochs 1, 2 .., in pixels: each of `sides` in its turn, to the last."""
     return [sides[(len(sides) * epoch - 1) // epochs] for epoch in range(1, epochs + 1)]
 
@@ -89,8 +93,8 @@ def growing(epochs: int, sides: Sequence[int] = (20, 20, 24, 24, 28, 32)) -> lis
 class Resized(Batches):
     """`Batches` of smaller images at first: epoch e's are brought to `sizes[e - 1]` pixels a side.
 
-    What is coarse is learned from 20x20 pixels as well, at two fifths of the multiply-adds. Howard,
-    in fast.ai's entry to DAWNBench, 2018. For labels of images.
+    Progressive resizing: what is coarse is learned from 20x20 pixels as well, at two fifths of the
+    multiply-adds. Howard, in fast.ai's entry to DAWNBench, 2018. For labels of images.
     """
 
     def __init__(self, *batches, sizes: Sequence[int], **options):
@@ -101,8 +105,9 @@ class Resized(Batches):
         """The side of an epoch's images, in pixels."""
         return self.sizes[min(max(epoch, 1), len(self.sizes)) - 1]
 
-    def __str__(self) -> str:
-        return f"{super().__str__()}, sizes {self.sizes}"
+    @property
+    def augmentation(self) -> str:
+        return f"{super().augmentation}, sizes {self.sizes}"
 
     def __iter__(self):
         size = (self.side(self.epoch),) * 2
@@ -116,17 +121,18 @@ class Resized(Batches):
 class Warped(Batches):
     """`Batches` whose every image is turned, slanted, stretched and moved, each in its own way.
 
-    By up to `degrees` (turned, and slanted as much), a part `stretch` of its side, `move` pixels;
-    the border is filled with its first pixel. For labels of images.
+    A random affine map, by up to `degrees` (turned, and slanted as much), a part `stretch` of the
+    side, and `move` pixels; the border is filled with the top left pixel. For labels of images.
     """
 
     def __init__(self, *batches, degrees: float, stretch: float, move: float, **options):
         super().__init__(*batches, **options)
         self.degrees, self.stretch, self.move = degrees, stretch, move
 
-    def __str__(self) -> str:
+    @property
+    def augmentation(self) -> str:
         warp = f"degrees {self.degrees}, stretch {self.stretch}, move {self.move}"
-        return f"{super().__str__()}, {warp}"
+        return f"{super().augmentation}, {warp}"
 
     def __iter__(self):
         draws, radians = generator(self.seed, self.epoch, 1), math.radians(self.degrees)
@@ -146,9 +152,9 @@ class Warped(Batches):
 
 
 class Views(nn.Module):
-    """A trained classifier that looks at each image in several places, and at its mirror image.
+    """Test-time augmentation: scores averaged over an image, its moved copies and mirror images.
 
-    Where it is, and moved by a pixel up and left, down and right; the moved ones count half.
+    Moved by a pixel up and left, and down and right; the two together count as much as the image.
     """
 
     def __init__(self, model: nn.Module, mirror: bool = True):

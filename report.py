@@ -136,9 +136,8 @@ def record_run(
         raise UsageError(f"{name}: no epoch was trained to its end, so there is nothing to record.")
     best = max(history, key=lambda e: e.validation_accuracy)
     group, data = optimizer.defaults, batches.dataset
-    settings_of = {
-        k: group[k] for k in ("lr", "momentum", "nesterov", "weight_decay") if k in group
-    }
+    keys = "lr", "filters", "momentum", "nesterov", "weight_decay"
+    settings_of = {k: group[k] for k in keys if k in group}
     record = dict(
         run=name,
         profile=run.profile,
@@ -160,7 +159,7 @@ def record_run(
         batch_size=batches.batch_size,
         optimizer=f"{type(optimizer).__name__} {settings_of}",
         schedule="constant" if schedule is None else type(schedule).__name__,
-        augmentation=f"flip {batches.flip}, shift {batches.shift}",
+        augmentation=batches.augmentation,
         precision=dtype_name(run.precision),
         seed=seed,
         **others,
@@ -181,8 +180,7 @@ def save_record(record: dict, folder: Path) -> None:
     figure = draw_history(record)
     records = {old["run"]: old for old in load_records(folder)}
     old = records.get(record["run"])
-    longer = old and old["dataset"] == record["dataset"] and old["epochs"] > record["epochs"]
-    if longer or old and _other(record) and not _other(old):
+    if old and not gives_way(old, record):
         kept = f"{old['run']}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
         print(f"{folder.name}/ keeps its record of {kept}.")
         return
@@ -197,6 +195,12 @@ def save_record(record: dict, folder: Path) -> None:
             f"The record of {record['run']} cannot be written to {folder} ({error.strerror}): see "
             "to it and run this cell again; the training is in its checkpoint."
         ) from None
+
+
+def gives_way(old: dict, new: dict) -> bool:
+    """Whether what is on record is no better founded than what is new."""
+    longer = old["dataset"] == new["dataset"] and old["epochs"] > new["epochs"]
+    return not longer and not (_other(new) and not _other(old))
 
 
 def redraw(folder: Path = ROOT / "figures") -> None:
@@ -306,7 +310,7 @@ def _other(record: dict) -> bool:
 def summary(records: Sequence[dict]) -> str:
     """A table of records, one line a run, beside the write-up's final scores."""
     lines = [
-        f"{'run':<16}{'parameters':>12}{'mult-adds':>11}{'epochs':>8}{'seconds':>9}"
+        f"{'run':<18}{'parameters':>12}{'mult-adds':>11}{'epochs':>8}{'seconds':>9}"
         f"{'final %':>9}{'test %':>8}{'write-up %':>12}{'difference':>12}"
     ]
     for record in records:
@@ -314,7 +318,7 @@ def summary(records: Sequence[dict]) -> str:
         if record.get("planned_epochs", record["epochs"]) != record["epochs"]:
             epochs += f"/{record['planned_epochs']}"
         lines.append(
-            f"{record['run']:<16}{record['parameters']:>12,}"
+            f"{record['run']:<18}{record['parameters']:>12,}"
             f"{record['multiply_adds'] / 1e6:>9,.0f} M{epochs:>8}"
             f"{record['train_seconds']:>9.1f}{final:>9.2f}{record['official_test_accuracy']:>8.2f}"
             + (f"{old['final']:>12.2f}{final - old['final']:>+12.2f}" if old else f"{'-':>12}" * 2)

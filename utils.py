@@ -499,9 +499,14 @@ class Batches:
         return math.ceil(len(self.dataset) / self.batch_size)
 
     def __str__(self) -> str:
-        draws = f"shuffle {self.shuffle}, flip {self.flip}, shift {self.shift}, seed {self.seed}"
+        draws = f"shuffle {self.shuffle}, {self.augmentation}, seed {self.seed}"
         facts = f"batches of {self.batch_size}, {draws}, mean {self.mean}, std {self.std}"
         return f"{self.dataset}, SHA-256 {self.dataset.fingerprint}\n{facts}"
+
+    @property
+    def augmentation(self) -> str:
+        """What is done to images, in words."""
+        return f"flip {self.flip}, shift {self.shift}"
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next pass draws."""
