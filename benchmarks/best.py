@@ -51,8 +51,9 @@ def fit(
     optimizer = recipes.Muon(model, filters)
     schedule = recipes.linear_decay(optimizer, batches, epochs)
     loss = partial(F.cross_entropy, label_smoothing=smoothing)
-    # a score after each epoch is part of the loop: it is of images that were trained on
-    seen = utils.Batches(batches.dataset.subset(torch.arange(500)), 500, run)
+    # the loop asks for a score after each epoch: here it is of images that were trained on
+    some = torch.arange(0, len(batches.dataset), len(batches.dataset) // 500)
+    seen = utils.Batches(batches.dataset.subset(some), 500, run)
     history = utils.train(model, optimizer, batches, seen, epochs, run, schedule, loss)
     row = dict(
         train_seconds=sum(e.seconds for e in history),
