@@ -151,7 +151,8 @@ def table(rows: Sequence[dict]) -> str:
         f"{'spread':>8}{'mean IoU %' if pixels else 'jitter':>11}"
     ]
     for row in rows:
-        last = row["mean_iou"] if pixels else row["jitter"]
+        jitter = row["jitter"] if row["epochs"] >= 4 else None  # fewer are all progress
+        last = row["mean_iou"] if pixels else jitter
         lines.append(
             f"{row['variant']:<{wide}}{row['parameters']:>11,}"
             f"{row['multiply_adds'] / 1e6:>9,.1f} M{row['seconds']:>9.1f}{row['mean']:>9.2f}"
