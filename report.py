@@ -310,18 +310,22 @@ def _other(record: dict) -> bool:
 def summary(records: Sequence[dict]) -> str:
     """A table of records, one line a run, beside the write-up's final scores."""
     lines = [
-        f"{'run':<18}{'parameters':>12}{'mult-adds':>11}{'epochs':>8}{'seconds':>9}"
-        f"{'final %':>9}{'test %':>8}{'write-up %':>12}{'difference':>12}"
+        f"{'run':<17}{'parameters':>11}{'mult-adds':>11}{'epochs':>8}{'seconds':>9}"
+        f"{'final %':>9}{'test %':>8}{'write-up %':>12}{'diff':>7}"
     ]
     for record in records:
         final, old, epochs = record["final_accuracy"], write_up(record), f"{record['epochs']}"
         if record.get("planned_epochs", record["epochs"]) != record["epochs"]:
             epochs += f"/{record['planned_epochs']}"
         lines.append(
-            f"{record['run']:<18}{record['parameters']:>12,}"
+            f"{record['run']:<17}{record['parameters']:>11,}"
             f"{record['multiply_adds'] / 1e6:>9,.0f} M{epochs:>8}"
             f"{record['train_seconds']:>9.1f}{final:>9.2f}{record['official_test_accuracy']:>8.2f}"
-            + (f"{old['final']:>12.2f}{final - old['final']:>+12.2f}" if old else f"{'-':>12}" * 2)
+            + (
+                f"{old['final']:>12.2f}{final - old['final']:>+7.2f}"
+                if old
+                else f"{'-':>12}{'-':>7}"
+            )
         )
     return "\n".join(lines)
 
