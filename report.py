@@ -238,7 +238,7 @@ def draw_curves(
     star = dict(color="#D55E00", markersize=13, label=f"best, {best.validation_accuracy:.2f}%")
     axes.plot(best.epoch, best.validation_accuracy, "*", **star)
     if old:
-        label = f"the write-up's best, {old['best']:.2f}%"
+        label = f"the write-up's best{_elsewhere(title)}, {old['best']:.2f}%"
         axes.axhline(old["best"], color="black", ls="--", lw=1, label=label)
     axes.set(title=f"{title}: accuracy against epoch", xlabel="epoch", ylabel="accuracy, %")
     axes.set_xlim(0.5, epochs + 0.5)
@@ -260,7 +260,8 @@ def draw_history(record: dict) -> plt.Figure:
     )
     if old:
         caption += (
-            f"\nWrite-up: {old['minutes']:.0f} min for {old['epochs']} epochs. "
+            f"\nWrite-up{_elsewhere(record['run'])}: {old['minutes']:.0f} min for "
+            f"{old['epochs']} epochs. "
             f"Best score {old['best']:.2f}% at epoch {old['best_epoch']}, "
             f"final score {old['final']:.2f}%."
         )
@@ -300,6 +301,11 @@ def duration(seconds: float) -> str:
 def write_up(record: dict) -> dict | None:
     """The write-up's facts for a record's run; None for other data, which compares with nothing."""
     return None if _other(record) else WRITE_UP.get(record["run"])
+
+
+def _elsewhere(run: str) -> str:
+    """What to add to the write-up's score where its data is not ours."""
+    return ", on its own data" if run.startswith("segmentation") else ""
 
 
 def _other(record: dict) -> bool:
@@ -519,7 +525,3 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
     patches = [Patch(color=palette[c], label=name) for c, name in enumerate(dataset.classes)]
     figure.legend(handles=patches, loc="outside right center", fontsize=7)
     plt.show()
-
-
-if __name__ == "__main__":
-    redraw()

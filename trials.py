@@ -52,10 +52,13 @@ def compare(
     Scores are of the 20% split after the last epoch, mean and sample standard deviation over the
     seeds; `jitter` is the mean change of the score from one epoch to the next in the second half.
     For label maps the mean IoU stands beside them. trials.json keeps the rows; the record of the
-    full data, where there is one, is shown below them. Your own data is not asked.
+    full data, where there is one, is shown below them. Your own data is not asked, and the short
+    profile shows what is on record.
     """
     full, text = utils.ROOT / "figures", "Not asked of your own data."
-    if validation.dataset.source != "own":
+    if run.profile == "short":
+        text = "Not asked again in the short profile; `python trials.py` does."
+    elif validation.dataset.source != "own":
         rows = [
             _row(question, name, variant, validation, epochs, run, seeds)
             for name, variant in variants.items()
@@ -64,7 +67,7 @@ def compare(
             keep(rows, run.figures)
         text = table(rows)
     record = [row for row in load(full) if row["question"] == question]
-    if record and run.figures != full:
+    if record and (run.figures != full or run.profile == "short"):
         text += f"\n\nOn record, of the full data:\n\n{table(record)}"
     return text
 

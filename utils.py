@@ -44,7 +44,7 @@ IGNORE = 255  # the label of a pixel that neither the loss nor a score counts
 NOT_PUBLISHED = "not the published files"  # the source of another data set in MNIST's files
 REPORT_EVERY = 25  # iterations between two reports, as in the write-up
 VARIABLES = {  # of the environment: what a value must look like, and the same in words
-    "PROFILE": ("full|quick", "full or quick"),
+    "PROFILE": ("full|short|quick", "full, short or quick"),
     "EPOCHS": (r"0*[1-9]\d*", "a whole number from 1 up"),
     "SIZE": ("|".join(str(side) for side in range(8, 1025, 8)), "a multiple of 8 up to 1024"),
     "THRESHOLD": (r"\d{1,2}(\.\d*)?|100", "a percentage"),
@@ -60,7 +60,7 @@ VARIABLES = {  # of the environment: what a value must look like, and the same i
 class Settings:
     """What a run is made with; `print` it to see what was chosen."""
 
-    profile: str  # "full" (the write-up's data and epochs) or "quick" (samples, minutes on a CPU)
+    profile: str  # "full" (the write-up's data and epochs), "short" (its data), "quick" (samples)
     data_dir: Path
     checkpoint_dir: Path
     epochs_cap: int | None
@@ -76,13 +76,15 @@ class Settings:
     flip: bool = True  # whether training mirrors images
     resume: bool = True  # whether runs go on from their checkpoints
 
-    def pick(self, full, quick):
-        """The value that belongs to the profile."""
-        return full if self.profile == "full" else quick
+    def pick(self, full, quick, short=None):
+        """The value that belongs to the profile; the short one's is the full one's by default."""
+        if self.profile == "short" and short is not None:
+            return short
+        return quick if self.profile == "quick" else full
 
-    def epochs(self, full: int, quick: int) -> int:
+    def epochs(self, full: int, quick: int, short: int | None = None) -> int:
         """The profile's number of epochs, capped by EPOCHS."""
-        return min(self.pick(full, quick), self.epochs_cap or sys.maxsize)
+        return min(self.pick(full, quick, short), self.epochs_cap or sys.maxsize)
 
     def budget(self, dataset: Dataset, batch_size: int, *epochs: int) -> list[int]:
         """[batch size, epochs ..]: as given, but for your own data about 1,000 steps.

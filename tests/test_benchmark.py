@@ -1,4 +1,4 @@
-"""The benchmark runs, and the README's table is the one that its last full run gives. No timing."""
+"""The benchmarks run, and what they left is of full runs. No timing."""
 
 import dataclasses
 import json
@@ -64,10 +64,9 @@ def test_both_sides_see_the_same_images(run):
             break
 
 
-def test_the_readme_shows_the_last_full_run():
+def test_the_readme_says_where_the_last_full_run_was_made():
     saved = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert speed.brief(saved["rows"]) in readme
     for fact in ("hardware", "torch"):
         assert saved["machine"][fact] in readme
 
@@ -79,10 +78,8 @@ def test_the_saved_run_is_a_full_one(name):
     assert len(rows) >= 5 and all(row["rounds"] >= 5 or "memory" in row["metric"] for row in rows)
 
 
-def test_the_readme_has_the_best_models_as_they_were_measured():
+def test_the_best_models_were_measured_on_one_machine():
     rows = json.loads((ROOT / "benchmarks" / "best.json").read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert best.table(rows) in readme.partition("<!-- best -->")[2].partition("<!-- /best -->")[0]
     assert len({(row["hardware"], row["torch"]) for row in rows}) == 1
 
 

@@ -238,6 +238,9 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
     trials.keep(rows, tmp_path / "figures")
     text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 2, quick)
     assert "On record, of the full data:" in text
+    short = replace(quick, profile="short")  # shows the record, and trains nothing
+    text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 99, short)
+    assert text.startswith("Not asked again in the short profile") and "3 seeds each, 2 ep" in text
 
 
 def test_trials_that_were_stopped_are_no_record(run, pictures):

@@ -103,16 +103,8 @@ def test_figures_are_drawn_again_from_the_results(recorded, tmp_path):
     assert (folder / "mnist.png").read_bytes() == before
 
 
-def test_the_readme_says_what_the_faults_came_to():
+def test_the_faults_on_record_are_many_and_nothing_was_lost():
     counts = json.loads((ROOT / "figures" / "faults.json").read_text(encoding="utf-8"))
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for words in (
-        "{kills:,} processes killed",
-        "{inputs:,} damaged files",
-        "{faults:,} other faults",
-    ):
-        assert words.format(**counts) in readme
-    assert counts["machine"].partition(",")[0] in readme
     assert counts["kills"] >= 50 and counts["inputs"] >= 2000
     assert counts["lost"] == counts["failed_tests"] == 0
 

@@ -19,6 +19,9 @@ def test_the_profile_follows_the_hardware_unless_it_is_named():
 def test_epochs_caps_the_profiles_number():
     assert choose(PROFILE="full").epochs(full=100, quick=5) == 100
     assert choose(PROFILE="quick").epochs(full=100, quick=5) == 5
+    assert choose(PROFILE="short").epochs(full=100, quick=5, short=20) == 20
+    assert choose(PROFILE="short").epochs(full=100, quick=5) == 100
+    assert choose(PROFILE="short", EPOCHS="3").epochs(full=100, quick=5, short=20) == 3
     assert choose(PROFILE="full", EPOCHS="3").epochs(full=100, quick=5) == 3
     assert choose(PROFILE="quick", EPOCHS="30").epochs(full=100, quick=5) == 5
 
@@ -30,7 +33,7 @@ def test_with_own_data_epochs_is_the_number(tmp_path):
 
 @pytest.mark.parametrize("profile", ["Full", "fast", "1"])
 def test_an_unknown_profile_is_refused(profile):
-    with pytest.raises(utils.UsageError, match=f"PROFILE is '{profile}': set it to full or quick"):
+    with pytest.raises(utils.UsageError, match=f"PROFILE is '{profile}': set it to full, short or"):
         choose(PROFILE=profile)
 
 
@@ -48,6 +51,7 @@ def test_data_dir_is_absolute_and_defaults_to_data(tmp_path, monkeypatch):
 
 def test_quick_and_full_runs_write_to_different_folders():
     assert choose(PROFILE="full").figures == utils.ROOT / "figures"
+    assert choose(PROFILE="short").figures == utils.ROOT / "figures"
     assert choose(PROFILE="quick").figures == utils.ROOT / "figures" / "quick"
 
 

@@ -1,0 +1,192 @@
+"""The tables of README.md and RESULTS.md, made of the JSON files that runs left.
+
+`python tables.py` draws figures/ again from its results.json and rewrites every table that stands
+between `<!-- name -->` and `<!-- /name -->`. Nothing is trained, and no number is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+
+import matplotlib
+
+import report
+import trials
+from benchmarks import best, speed
+from utils import ROOT
+
+PAGES = ("README.md", "RESULTS.md")
+FIGURES, BENCHMARKS = ROOT / "figures", ROOT / "benchmarks"
+WHAT = {  # each run's model, in words
+    "mnist": "four convolutions",
+    "cifar10": "four convolutions with ResBlocks between",
+    "segmentation-1": "the same for pixels",
+    "segmentation-2": "one step larger",
+    "segmentation-3": "two steps larger",
+    "segmentation-4": "three steps larger",
+    "mnist-best": "five convolutions, Muon, warped digits",
+    "cifar10-94": "`FastNet`: whitening, Muon, growing images",
+    "cifar10-96": "the same, with longer paths and more channels",
+    "segmentation-best": "`SkipNet`: an encoder and decoder with skips, Muon",
+}
+QUESTIONS = {  # each question of the trials, in words
+    "mnist": "MNIST: batch, width, a ResBlock, the learning rate",
+    "cifar10": "CIFAR-10: where the convolutions are, and the batch",
+    "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
+    "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
+}
+
+
+def grid(head: str, rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; `left` columns are aligned to the left, the others to the right."""
+    columns = head.count("|") + 1
+    lines = [f"| {head} |", "|" + " --- |" * left + " --: |" * (columns - left)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def records() -> dict[str, dict]:
+    """The full records by run, in the order of WHAT."""
+    found = {record["run"]: record for record in report.load_records(FIGURES)}
+    return {name: found[name] for name in WHAT if name in found}
+
+
+def of_planned(record: dict) -> str:
+    """The epochs of a record, and of how many where it was ended early."""
+    planned = record["planned_epochs"]
+    return f"{record['epochs']}" + (f" of {planned}" if planned != record["epochs"] else "")
+
+
+def runs() -> str:
+    """The write-up's six models and the best ones, each with both scores."""
+    rows = []
+    for name, what in WHAT.items():
+        record, old = records().get(name), report.WRITE_UP.get(name)
+        theirs = f"{old['final']:.2f}% after {old['epochs']} epochs" if old else "-"
+        ours = ["not measured"] * 2 + ["-"]
+        if record:
+            scores = record["final_accuracy"], record["official_test_accuracy"]
+            ours = [f"{score:.2f}%" for score in scores]
+            ours.append(f"{of_planned(record)}, {report.duration(record['train_seconds'])}")
+        rows.append([f"`{name}`", what, theirs, *ours])
+    head = "run | model | the write-up's final score | ours | official test | epochs, training"
+    return grid(head, rows, left=3)
+
+
+def times() -> str:
+    """Seconds of training, by run."""
+    rows = [
+        [
+            f"`{name}`",
+            f"{record['multiply_adds'] / 1e6:,.0f} M",
+            f"{record['train_seconds'] / record['epochs']:.0f} s",
+            f"{record['epochs']}",
+            report.duration(record["train_seconds"]),
+        ]
+        for name, record in records().items()
+    ]
+    return grid("run | multiply-adds an image | an epoch | epochs | training", rows)
+
+
+def results() -> str:
+    """Every record, with what it cost."""
+    rows = []
+    for name, record in records().items():
+        seeds = len(record.get("seeds", [record["seed"]]))
+        test = f"{record['official_test_accuracy']:.2f}%"
+        if views := record.get("tests_with_views"):
+            spread = f" ± {statistics.stdev(views):.2f}" if len(views) > 1 else ""
+            test += f"; in views {statistics.mean(views):.2f}{spread}%"
+        if "mean_iou" in record:
+            test += f", mean IoU {record['mean_iou']:.2f}%"
+        rows.append(
+            [
+                f"`{name}`",
+                f"{record['best_accuracy']:.2f}% at {record['best_epoch']}",
+                f"{record['final_accuracy']:.2f}%",
+                test,
+                of_planned(record),
+                f"{seeds}",
+                report.duration(record["train_seconds"]),
+                f"{record['parameters'] / 1e6:.2f} M",
+                f"{record['flops'] / 1e15:.2g}",
+            ]
+        )
+    head = "run | best, epoch | final | official test | epochs | seeds | training"
+    return grid(f"{head} | parameters | PFLOP", rows)
+
+
+def machines() -> str:
+    """What the records were made on, a line for each machine, version and commit."""
+    made = {}
+    for name, r in records().items():
+        where = (
+            f"{r['device']}, {r['precision']}, torch {r['torch']}, commit `{r['commit']}`, "
+            f"{r['date'][:10]}; {r['source']}"
+        )
+        made.setdefault(where, []).append(f"`{name}`")
+    return "\n".join(f"- {', '.join(names)}: {where}" for where, names in made.items())
+
+
+def questions() -> str:
+    """The trials on the full data, a table a question."""
+    parts = []
+    for question, words in QUESTIONS.items():
+        rows = [row for row in trials.load(FIGURES) if row["question"] == question]
+        parts.append(f"{words}\n\n```\n{trials.table(rows) if rows else 'not measured'}\n```")
+    return "\n\n".join(parts)
+
+
+def best_models() -> str:
+    """The best models on all training images, beside their peer."""
+    return best.table(json.loads((BENCHMARKS / "best.json").read_text(encoding="utf-8")))
+
+
+def speed_ups() -> str:
+    """How many times as fast as the write-up's recipe."""
+    return speed.brief(json.loads((BENCHMARKS / "speed.json").read_text(encoding="utf-8"))["rows"])
+
+
+def faults() -> str:
+    """What the last run of `pytest -m faults` came to."""
+    counts = json.loads((FIGURES / "faults.json").read_text(encoding="utf-8"))
+    return (
+        f"On an {counts['machine']}: {counts['kills']:,} processes killed at random and chosen "
+        f"moments and\nresumed, {counts['inputs']:,} damaged files given to the readers, "
+        f"{counts['faults']:,} other faults; lost: {counts['lost']}."
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "runs": runs,
+    "times": times,
+    "results": results,
+    "machines": machines,
+    "questions": questions,
+    "best": best_models,
+    "speed": speed_ups,
+    "faults": faults,
+}
+
+
+def fill(text: str) -> str:
+    """A page with every block as it is now."""
+
+    def block(found: re.Match) -> str:
+        return f"<!-- {found[1]} -->\n{BLOCKS[found[1]]()}\n<!-- /{found[1]} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    matplotlib.use("agg")
+    report.redraw(FIGURES)
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (ROOT / page).write_text(fill(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
