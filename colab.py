@@ -35,7 +35,7 @@ def set_up(drive: str | None = None) -> None:
     if not torch.cuda.is_available():
         print(
             "\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all again."
-            "\n*** Without one, only the quick profile runs: samples in place of the full data.\n"
+            "\n*** Without one, the quick profile runs: samples in place of the full data.\n"
         )
 
 

@@ -173,7 +173,8 @@ def record_run(
 def save_record(record: dict, folder: Path) -> None:
     """Draw a record and put it into folder/results.json, unless a better founded one is there.
 
-    That is one of more epochs of the same data, or one of the published data where this is not.
+    That is one of more epochs or seeds of the same data, or one of the published data where this is
+    not.
     """
     if rank() > 0:  # of several processes, one saves
         return
@@ -198,12 +199,17 @@ def save_record(record: dict, folder: Path) -> None:
 
 
 def gives_way(old: dict, new: dict) -> bool:
-    """Whether what is on record is no better founded than what is new."""
-    longer = old["dataset"] == new["dataset"] and old["epochs"] > new["epochs"]
-    return not longer and not (_other(new) and not _other(old))
+    """Whether what is on record is no better founded than what is new: no longer, for one."""
+    better = old["dataset"] == new["dataset"] and _worth(old) > _worth(new)
+    return not better and not (_other(new) and not _other(old))
 
 
-def redraw(folder: Path = ROOT / "figures") -> None:
+def _worth(record: dict) -> tuple:
+    """What a record is founded on, for comparison: epochs, then seeds, then the profile."""
+    return record["epochs"], len(record.get("seeds", [0])), record.get("profile") == "full"
+
+
+def redraw(folder: Path) -> None:
     """Draw every figure of a folder again from its results.json."""
     for record in load_records(folder):
         draw_history(record).savefig(folder / f"{record['run']}.png", dpi=120)

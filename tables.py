@@ -61,9 +61,9 @@ def of_planned(record: dict) -> str:
 
 def runs() -> str:
     """The write-up's six models and the best ones, each with both scores."""
-    rows = []
+    rows, found = [], records()
     for name, what in WHAT.items():
-        record, old = records().get(name), report.WRITE_UP.get(name)
+        record, old = found.get(name), report.WRITE_UP.get(name)
         theirs = f"{old['final']:.2f}% after {old['epochs']} epochs" if old else "-"
         ours = ["not measured"] * 2 + ["-"]
         if record:
@@ -73,21 +73,6 @@ def runs() -> str:
         rows.append([f"`{name}`", what, theirs, *ours])
     head = "run | model | the write-up's final score | ours | official test | epochs, training"
     return grid(head, rows, left=3)
-
-
-def times() -> str:
-    """Seconds of training, by run."""
-    rows = [
-        [
-            f"`{name}`",
-            f"{record['multiply_adds'] / 1e6:,.0f} M",
-            f"{record['train_seconds'] / record['epochs']:.0f} s",
-            f"{record['epochs']}",
-            report.duration(record["train_seconds"]),
-        ]
-        for name, record in records().items()
-    ]
-    return grid("run | multiply-adds an image | an epoch | epochs | training", rows)
 
 
 def results() -> str:
@@ -110,12 +95,13 @@ def results() -> str:
                 of_planned(record),
                 f"{seeds}",
                 report.duration(record["train_seconds"]),
+                f"{record['train_seconds'] / record['epochs']:.0f} s",
                 f"{record['parameters'] / 1e6:.2f} M",
                 f"{record['flops'] / 1e15:.2g}",
             ]
         )
     head = "run | best, epoch | final | official test | epochs | seeds | training"
-    return grid(f"{head} | parameters | PFLOP", rows)
+    return grid(f"{head} | an epoch | parameters | PFLOP", rows)
 
 
 def machines() -> str:
@@ -123,8 +109,8 @@ def machines() -> str:
     made = {}
     for name, r in records().items():
         where = (
-            f"{r['device']}, {r['precision']}, torch {r['torch']}, commit `{r['commit']}`, "
-            f"{r['date'][:10]}; {r['source']}"
+            f"`PROFILE={r['profile']}`, {r['device']}, {r['precision']}, torch {r['torch']}, "
+            f"commit `{r['commit']}`, {r['date'][:10]}; {r['dataset']} ({r['source']})"
         )
         made.setdefault(where, []).append(f"`{name}`")
     return "\n".join(f"- {', '.join(names)}: {where}" for where, names in made.items())
@@ -153,15 +139,14 @@ def faults() -> str:
     """What the last run of `pytest -m faults` came to."""
     counts = json.loads((FIGURES / "faults.json").read_text(encoding="utf-8"))
     return (
-        f"On an {counts['machine']}: {counts['kills']:,} processes killed at random and chosen "
-        f"moments and\nresumed, {counts['inputs']:,} damaged files given to the readers, "
-        f"{counts['faults']:,} other faults; lost: {counts['lost']}."
+        f"Last result: {counts['kills']:,} processes killed at random and chosen moments and "
+        f"resumed,\n{counts['inputs']:,} damaged files given to the readers, {counts['faults']:,} "
+        f"other faults; {counts['lost']} lost\n({counts['machine']}, {counts['date'][:10]})."
     )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "runs": runs,
-    "times": times,
     "results": results,
     "machines": machines,
     "questions": questions,

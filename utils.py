@@ -60,7 +60,7 @@ VARIABLES = {  # of the environment: what a value must look like, and the same i
 class Settings:
     """What a run is made with; `print` it to see what was chosen."""
 
-    profile: str  # "full" (the write-up's data and epochs), "short" (its data), "quick" (samples)
+    profile: str  # "full" (the write-up's data and epochs), "short" (few epochs), "quick" (samples)
     data_dir: Path
     checkpoint_dir: Path
     epochs_cap: int | None
@@ -110,7 +110,7 @@ class Settings:
 
     @property
     def kind(self) -> str:
-        """A folder's name: neither a quick run nor your own data touches what a full run made."""
+        """A folder's name: neither a quick run nor your own data touches what the others made."""
         return "own" if self.pictures or self.scenes else self.pick("", "quick")
 
     @property
@@ -120,7 +120,8 @@ class Settings:
 
     def checkpoint(self, name: str, resume: bool = True) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
-        return Checkpoint(self.checkpoint_dir / self.kind / f"{name}.pt", resume)
+        folder = self.kind or self.pick("", "", "short")
+        return Checkpoint(self.checkpoint_dir / folder / f"{name}.pt", resume)
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""
@@ -354,7 +355,7 @@ def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset,
 def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
     """MNIST as (training, official test): 60,000 + 10,000; in the quick profile 4,000 + 1,000."""
     if run.profile == "quick":
-        import samples  # only here: the full profile needs none of its packages
+        import samples  # only here: the other profiles need none of its packages
 
         return samples.load_digits()
     folder = run.data_dir / "MNIST" / "raw"
@@ -368,8 +369,8 @@ def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
 def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     """CIFAR-10 as (training, official test): 50,000 + 10,000 images of ten classes.
 
-    In the full profile from torchvision's files or from image folders, cifar10/{train,test}/CLASS.
-    In the quick profile its stand-in: 3,000 + 1,000 patches of ten photographs. In either, your own
+    From torchvision's files or from image folders, cifar10/{train,test}/CLASS; in the quick profile
+    its stand-in: 3,000 + 1,000 patches of ten photographs. In any profile your own
     pictures where PICTURES names their folder, brought to 32x32.
     """
     if run.pictures:
@@ -377,7 +378,7 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
 
         return owndata.load_pictures(run.pictures, size=32)
     if run.profile == "quick":
-        import samples  # only here: the full profile needs none of its packages
+        import samples  # only here: the other profiles need none of its packages
 
         return samples.load_photographs()
     folders = [run.data_dir / "cifar10" / part for part in ("train", "test")]

@@ -90,7 +90,7 @@ def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(tmp_path):
 def test_what_to_expect_is_what_the_readme_says(name):
     table = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     row = next(line for line in table if line.startswith(f"| all of `{name}`"))
-    quick, full = (cell.strip() for cell in row.split("|")[2:4])
+    quick, short, full = (cell.strip() for cell in row.split("|")[2:5])
     cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells)
-    assert f'expected = run.pick("{full} an epoch", "{quick}")' in source
+    assert f'expected = run.pick("{full}", "{quick}", "{short}")' in source

@@ -254,6 +254,8 @@ def test_trials_that_were_stopped_are_no_record(run, pictures):
         trials.compare("cut?", variants, utils.Batches(pictures, 20, run), 4, run)
 
 
-def test_own_data_is_not_asked(run, pictures):
-    mine = utils.Batches(replace(pictures, source="own"), 20, run)
+@pytest.mark.parametrize("profile", ["full", "short", "quick"])
+def test_own_data_is_not_asked(run, pictures, profile):
+    run, own = replace(run, profile=profile), replace(pictures, source="own")
+    mine = utils.Batches(own, 20, run)
     assert trials.compare("what?", {}, mine, 4, run).startswith("Not asked of your own data.")

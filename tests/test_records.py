@@ -67,6 +67,14 @@ def test_a_record_gives_way_only_to_as_many_epochs(recorded, tmp_path, capsys):
     ]
 
 
+def test_a_full_record_and_one_of_more_seeds_do_not_give_way(recorded):
+    full, seeds = {**recorded, "profile": "full"}, {**recorded, "seeds": [0, 1, 2]}
+    short = {**recorded, "profile": "short"}
+    assert not report.gives_way(full, short) and report.gives_way(short, full)
+    assert not report.gives_way(seeds, full) and report.gives_way(full, seeds)
+    assert report.gives_way(seeds, {**full, "epochs": 2})
+
+
 def test_results_that_cannot_be_read_or_written_get_a_sentence(recorded, tmp_path, monkeypatch):
     file = tmp_path / "figures" / "quick" / "results.json"
     file.write_text(file.read_text()[:100])

@@ -49,7 +49,15 @@ def test_data_dir_is_absolute_and_defaults_to_data(tmp_path, monkeypatch):
     assert choose(DATA_DIR="elsewhere").data_dir == tmp_path / "elsewhere"
 
 
-def test_quick_and_full_runs_write_to_different_folders():
+def test_short_and_full_runs_have_checkpoints_of_their_own(tmp_path):
+    for profile, folder in (("full", ""), ("short", "short"), ("quick", "quick")):
+        run = choose(PROFILE=profile, CHECKPOINT_DIR=str(tmp_path))
+        assert run.checkpoint("mnist").path.parent == tmp_path / folder
+    own = choose(PROFILE="short", CHECKPOINT_DIR=str(tmp_path), PICTURES=str(tmp_path))
+    assert own.checkpoint("mnist").path.parent == tmp_path / "own"
+
+
+def test_quick_runs_write_to_a_folder_of_their_own():
     assert choose(PROFILE="full").figures == utils.ROOT / "figures"
     assert choose(PROFILE="short").figures == utils.ROOT / "figures"
     assert choose(PROFILE="quick").figures == utils.ROOT / "figures" / "quick"
