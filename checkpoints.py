@@ -64,8 +64,10 @@ class Checkpoint:
             ) from None
         history, made = self.load()
         if history:
+            here = Path.cwd()
+            path = self.path.relative_to(here) if self.path.is_relative_to(here) else self.path
             print(
-                f"Found {len(history)} of {facts['epochs']} epochs in {self.path}, "
+                f"Found {len(history)} of {facts['epochs']} epochs in {path}, "
                 f"trained on {made['device']}, {made['date']}."
             )
         return history, made

@@ -245,11 +245,13 @@ def hardware_name(device: torch.device) -> str:
 
 @cache
 def commit() -> str:
-    """The commit this checkout is at, with -dirty where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit this checkout is at, with -dirty where files other than figures/ differ from it."""
+    options = dict(cwd=ROOT, capture_output=True, text=True)
     try:
-        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return answer.stdout.strip()
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        at = subprocess.run(command, check=True, **options).stdout.strip()
+        command = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)figures"]
+        return at + ("-dirty" if subprocess.run(command, **options).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
