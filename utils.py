@@ -245,7 +245,7 @@ def hardware_name(device: torch.device) -> str:
 
 @cache
 def commit() -> str:
-    """The commit this checkout is at, with -dirty where files other than figures/ differ from it."""
+    """The commit this checkout is at, with -dirty where files beside figures/ differ from it."""
     options = dict(cwd=ROOT, capture_output=True, text=True)
     try:
         command = ["git", "rev-parse", "--short=12", "HEAD"]
