@@ -23,7 +23,8 @@ GIVEN = {  # percentages that no run of ours measured, and what they are
     "0%": "a block that passes its input on",
     "50%": "a path that weighs as much as its skip",
     "20%": "the split",
-    "10%": "the share of a class of ten",
+    "2.4 min": "an epoch of both classifiers: see below",
+    "25 min": "an epoch of all four rungs: see below",
 }
 REQUIRED = """run profile best_accuracy best_epoch final_accuracy official_test_accuracy
     train_seconds evaluation_seconds dataset source split model parameters multiply_adds flops
@@ -161,6 +162,16 @@ def test_the_notebooks_show_the_runs_on_record(name, on_record):
     assert chosen and len(lines) > len(chosen)
     for line in lines:
         assert " ".join(line.split()) in " ".join(shown.split()), f"not shown in {name}: {line}"
+
+
+def test_an_epoch_of_the_write_ups_models_takes_what_the_readme_says(on_record):
+    readme, minutes = (ROOT / "README.md").read_text(encoding="utf-8"), {}
+    for name in report.WRITE_UP:
+        kind = name.startswith("seg")
+        seconds = on_record[name]["train_seconds"] / on_record[name]["epochs"]
+        minutes[kind] = minutes.get(kind, 0) + seconds / 60
+    assert f"| {minutes[False]:.1f} min an epoch |" in readme
+    assert f"| {minutes[True]:.0f} min an epoch |" in readme
 
 
 def test_trials_have_several_seeds():
