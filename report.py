@@ -248,9 +248,9 @@ def draw_curves(
         axes.axhline(old["best"], color="black", ls="--", lw=1, label=label)
     axes.set(title=f"{title}: accuracy against epoch", xlabel="epoch", ylabel="accuracy, %")
     axes.set_xlim(0.5, epochs + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     return figure
 
 
@@ -260,7 +260,8 @@ def draw_history(record: dict) -> plt.Figure:
     figure = draw_curves(history, record["run"], record["source"], record["epochs"], height=4.8)
     caption = (
         f"{record['dataset']} ({record['source']}) on {record['device']}, {record['precision']}.\n"
-        f"Run time {duration(record['train_seconds'])} for {record['epochs']} epochs. "
+        f"Run time {duration(record['train_seconds'])} for {record['epochs']} "
+        f"epoch{'s' if record['epochs'] > 1 else ''}. "
         f"Best score {record['best_accuracy']:.2f}% at epoch {record['best_epoch']}, "
         f"final score {record['final_accuracy']:.2f}%."
     )
@@ -311,7 +312,7 @@ def write_up(record: dict) -> dict | None:
 
 def _elsewhere(run: str) -> str:
     """What to add to the write-up's score where its data is not ours."""
-    return ", on its own data" if run.startswith("segmentation") else ""
+    return ", other data" if run.startswith("segmentation") else ""
 
 
 def _other(record: dict) -> bool:
