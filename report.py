@@ -250,7 +250,7 @@ def draw_curves(
     axes.set_xlim(0.5, epochs + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)  # covers no point
     return figure
 
 
