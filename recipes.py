@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import Batches, UsageError, best_precision, generator
+from utils import Batches, Dataset, UsageError, best_precision, generator
 
 
 class Muon(torch.optim.AdamW):
@@ -149,6 +150,42 @@ class Warped(Batches):
             border = images[:, :, :1, :1]
             warped = F.grid_sample(images - border, grid, align_corners=False) + border
             yield warped.contiguous(memory_format=torch.channels_last), labels
+
+
+class Composed(Batches):
+    """`Batches` of MNIST-on-CIFAR-10 whose scenes are made anew in every epoch.
+
+    `layers` are the (digits, backgrounds) of the scenes, see `utils.load_layers`. A background is
+    flipped and moved as `Batches` does, and gets another of the digits, which are never mirrored,
+    in another colour at another place; else a scene is what `utils.compose_scenes` makes.
+    """
+
+    def __init__(self, scenes, *batches, layers: tuple[Dataset, Dataset], **options):
+        super().__init__(scenes, *batches, **options)
+        (digits, backgrounds), (batch_size, run, *_) = layers, batches
+        if not len(scenes) == len(backgrounds) == len(digits):
+            counts = f"{len(scenes)}, {len(backgrounds)} and {len(digits)}"
+            raise UsageError(f"As many scenes, backgrounds and digits are needed, not {counts}.")
+        self.numbers = len(digits.classes)
+        self.backgrounds = Batches(backgrounds, batch_size, run, ([0.0] * 3, [1.0] * 3), **options)
+        margin = (backgrounds.images.shape[-1] - digits.images.shape[-1]) // 2
+        ink = replace(digits, images=F.pad(digits.images, (margin,) * 4))
+        self.ink = Batches(ink, batch_size, run, ([0.0], [1.0]), shuffle=True, shift=margin)
+
+    @property
+    def augmentation(self) -> str:
+        return f"{super().augmentation}, scenes made anew"
+
+    def __iter__(self):
+        self.backgrounds.seed, self.ink.seed = self.seed, self.seed + 1  # of another order
+        self.backgrounds.epoch = self.ink.epoch = self.epoch
+        draws = generator(self.seed, self.epoch, 1)
+        for (images, labels), (ink, numbers) in zip(self.backgrounds, self.ink, strict=True):
+            colours = torch.rand(len(images), 3, 1, 1, generator=draws).to(images.device)
+            scenes = 255 * images.lerp(colours, ink)
+            labels = (self.numbers + labels)[:, None, None]
+            maps = torch.where(ink[:, 0] > 0.5, numbers[:, None, None], labels)
+            yield self._normalise(scenes.permute(0, 2, 3, 1)), maps
 
 
 class Views(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Callable
 
 import matplotlib
@@ -59,6 +58,11 @@ def of_planned(record: dict) -> str:
     return f"{record['epochs']}" + (f" of {planned}" if planned != record["epochs"] else "")
 
 
+def percent(record: dict, several: str, single: str = "") -> str:
+    """A record's score, or the mean of those of several seeds and their standard deviation."""
+    return best.mean_of(record[several] if several in record else [record[single]], 2) + "%"
+
+
 def runs() -> str:
     """The write-up's six models and the best ones, each with both scores."""
     rows, found = [], records()
@@ -67,8 +71,8 @@ def runs() -> str:
         theirs = f"{old['final']:.2f}% after {old['epochs']} epochs" if old else "-"
         ours = ["not measured"] * 2 + ["-"]
         if record:
-            scores = record["final_accuracy"], record["official_test_accuracy"]
-            ours = [f"{score:.2f}%" for score in scores]
+            ours = [percent(record, "finals", "final_accuracy")]
+            ours.append(percent(record, "tests", "official_test_accuracy"))
             ours.append(f"{of_planned(record)}, {report.duration(record['train_seconds'])}")
         rows.append([f"`{name}`", what, theirs, *ours])
     head = "run | model | the write-up's final score | ours | official test | epochs, training"
@@ -80,17 +84,16 @@ def results() -> str:
     rows = []
     for name, record in records().items():
         seeds = len(record.get("seeds", [record["seed"]]))
-        test = f"{record['official_test_accuracy']:.2f}%"
-        if views := record.get("tests_with_views"):
-            spread = f" ± {statistics.stdev(views):.2f}" if len(views) > 1 else ""
-            test += f"; in views {statistics.mean(views):.2f}{spread}%"
+        test = percent(record, "tests", "official_test_accuracy")
+        if "tests_with_views" in record:
+            test += f"; in views {percent(record, 'tests_with_views')}"
         if "mean_iou" in record:
             test += f", mean IoU {record['mean_iou']:.2f}%"
         rows.append(
             [
                 f"`{name}`",
                 f"{record['best_accuracy']:.2f}% at {record['best_epoch']}",
-                f"{record['final_accuracy']:.2f}%",
+                percent(record, "finals", "final_accuracy"),
                 test,
                 of_planned(record),
                 f"{seeds}",

@@ -418,6 +418,15 @@ def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
     )
 
 
+def load_layers(run: Settings) -> tuple[Dataset, Dataset]:
+    """What `load_scenes` makes its training scenes of: (digits, backgrounds), one of each a scene.
+
+    They are in the scenes' order and groups, so `split` deals all three out alike.
+    """
+    digits, backgrounds = load_mnist(run.digits)[0], load_cifar10(run)[0]
+    return deal_digits(digits, backgrounds, generator(0)), backgrounds
+
+
 def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     """One scene per background: a digit in a random colour at a random place, blended over it.
 
@@ -429,8 +438,7 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     side = digits.images.shape[-1]
     if min(height, width) < side:
         raise UsageError(f"A background of {width}x{height} is too small for digits of {side}.")
-    order = torch.randperm(len(digits), generator=draws)
-    order = order.repeat(math.ceil(n / len(digits)))[:n]
+    digits = deal_digits(digits, backgrounds, draws)
     top = torch.randint(height - side + 1, (n,), generator=draws)
     left = torch.randint(width - side + 1, (n,), generator=draws)
     colour = torch.randint(256, (n, 3, 1, 1), generator=draws, dtype=torch.uint8)
@@ -440,11 +448,11 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     for y, x in np.ndindex(height - side + 1, width - side + 1):  # 25 places, each in one go
         here = ((top == y) & (left == x)).nonzero()[:, 0]
         rows, columns = slice(y, y + side), slice(x, x + side)
-        ink = digits.images[order[here]].float() / 255
+        ink = digits.images[here].float() / 255
         below = images[here, :, rows, columns].float()
         blend = ink * colour[here].float() + (1 - ink) * below
         images[here, :, rows, columns] = blend.round().to(torch.uint8)
-        number = digits.labels[order[here], None, None].to(torch.uint8)
+        number = digits.labels[here, None, None].to(torch.uint8)
         inked = ink[:, 0] > 0.5
         labels[here, rows, columns] = torch.where(inked, number, labels[here, rows, columns])
     classes = tuple(f"digit {name}" for name in digits.classes) + backgrounds.classes
@@ -452,6 +460,13 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     source = digits.source if other else backgrounds.source  # MNIST itself comes in one kind only
     name = f"MNIST-on-{backgrounds.name if source == 'own' else 'CIFAR-10'}"
     return Dataset(name, source, images, labels, classes, backgrounds.groups)
+
+
+def deal_digits(digits: Dataset, backgrounds: Dataset, draws: torch.Generator) -> Dataset:
+    """A digit for each background, in an order that is drawn, and in the backgrounds' groups."""
+    n = len(backgrounds)
+    order = torch.randperm(len(digits), generator=draws).repeat(math.ceil(n / len(digits)))[:n]
+    return replace(digits.subset(order), groups=backgrounds.groups)
 
 
 def generator(*seeds: int) -> torch.Generator:

@@ -7,8 +7,9 @@ and scored on the official test set, once, when it is finished. Nothing else sho
     python benchmarks/best.py --only mnist-best
 
 FOLDER is a checkout of github.com/KellerJordan/cifar10-airbench. Its airbench94_muon.py is run as
-it stands, once, but for a CPU: cpu for cuda, bfloat16 for half, no compilation, perf_counter for
-CUDA's events. Its seconds are its own, of training alone. Nothing of it is part of this project.
+it stands, once for each seed of ours and in turn with them, but for a CPU: cpu for cuda, bfloat16
+for half, no compilation, perf_counter for CUDA's events. Its seconds are its own, of training
+alone. Nothing of it is part of this project.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -107,7 +109,8 @@ def segmentation_best(run: utils.Settings, seed: int) -> dict:
     models = report.notebook_definitions("imagesegmentation.ipynb")
     training, test = utils.load_scenes(run)
     facts = training.statistics()
-    batches = utils.Batches(training, 125, run, facts, shuffle=True, shift=2, seed=seed)
+    options = dict(shuffle=True, flip=True, shift=4, seed=seed, layers=utils.load_layers(run))
+    batches = recipes.Composed(training, 125, run, facts, **options)
     torch.manual_seed(seed)
     epochs = run.epochs(full=models.SKIP_EPOCHS, quick=1)
     test_batches = utils.Batches(test, 500, run, facts)
@@ -148,8 +151,11 @@ def for_cpu(code: str) -> str:
     return code
 
 
-def airbench94(folder: Path, run: utils.Settings) -> dict:
-    """One run of airbench94_muon.py on the same data: its own seconds, its own score."""
+def airbench94(folder: Path, run: utils.Settings, seed: int = 0) -> dict:
+    """A run of airbench94_muon.py on the same data, number `seed`, which its draws don't follow.
+
+    The seconds are its own, and so is the score.
+    """
     code = (folder / "airbench94_muon.py").read_text(encoding="utf-8")
     if "range(200)]" not in code:
         raise utils.UsageError("The peer's file has no range(200) any more: see to airbench94.")
@@ -168,24 +174,31 @@ def airbench94(folder: Path, run: utils.Settings) -> dict:
     *_, seconds = (cell.strip() for cell in before.strip("|").split("|"))
     *_, score, _ = (cell.strip() for cell in last.strip("|").split("|"))
     numbers = dict(train_seconds=float(seconds), test_accuracy=100 * float(score), epochs=8)
+    numbers |= dict(seed=seed)
     return numbers | dict(flops=0.29e15, images=50_000, source=data.source)  # FLOPs: its README
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| model | images | epochs | training | PFLOP | official test |",
-        "| --- | --: | --: | --: | --: | --: |",
-    ]
-    for row in rows:
-        score = f"{row['test_accuracy']:.2f}%"
-        if row.get("mean_iou"):
-            score += f" of pixels, mean IoU {row['mean_iou']:.2f}%"
+    """A Markdown table with a line for each model: means over its runs, and standard deviations."""
+    head = ("model", "images", "epochs", "runs", "training", "PFLOP", "official test")
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " --: |" * 6]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        seconds = mean_of([row["train_seconds"] for row in mine], 0)
+        score = mean_of([row["test_accuracy"] for row in mine], 2) + "%"
+        if mine[0].get("mean_iou"):
+            score += f" of pixels, mean IoU {mean_of([row['mean_iou'] for row in mine], 2)}%"
         lines.append(
-            f"| {row['model']} | {row['images']:,} | {row['epochs']} | "
-            f"{row['train_seconds']:.0f} s | {row['flops'] / 1e15:.2g} | {score} |"
+            f"| {model} | {mine[0]['images']:,} | {mine[0]['epochs']} | {len(mine)} | "
+            f"{seconds} s | {mine[0]['flops'] / 1e15:.2g} | {score} |"
         )
     return "\n".join(lines)
+
+
+def mean_of(values: list[float], digits: int) -> str:
+    """The mean, and the standard deviation where there are several."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def main() -> None:
@@ -206,17 +219,19 @@ def main() -> None:
         torch=torch.__version__,
         commit=utils.commit(),
     )
-    rows, sides = [], [(name, partial(RUNS[name], run, seed)) for seed in seeds for name in names]
-    if options.airbench:
-        sides.insert(0, ("airbench94", partial(airbench94, options.airbench, run)))
+    rows, sides = [], []
+    for seed in seeds:
+        if options.airbench:
+            sides.append(("airbench94", partial(airbench94, options.airbench, run, seed)))
+        sides += [(name, partial(RUNS[name], run, seed)) for name in names]
     for name, measure in sides:
         date = datetime.now(UTC).isoformat(timespec="seconds")
         rows.append(dict(model=name, **measure(), **machine, date=date))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         if options.json:
             kept = json.loads(options.json.read_text()) if options.json.exists() else []
-            new = {(row["model"], row.get("seed")) for row in rows}
-            kept = [row for row in kept if (row["model"], row.get("seed")) not in new]
+            new = {(row["model"], row["seed"]) for row in rows}
+            kept = [row for row in kept if (row["model"], row.get("seed", 0)) not in new]
             options.json.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
     print(table(rows))
 

@@ -83,6 +83,15 @@ def test_the_best_models_were_measured_on_one_machine():
     assert len({(row["hardware"], row["torch"]) for row in rows}) == 1
 
 
+def test_several_runs_of_a_best_model_are_one_line():
+    row = dict(images=50_000, epochs=8, flops=2.9e14)
+    scores = [("a", 90.0, 100.0), ("b", 89.0, 90.0), ("a", 91.0, 110.0)]
+    rows = [dict(row, model=m, test_accuracy=s, train_seconds=t) for m, s, t in scores]
+    _, _, a, b = best.table(rows).splitlines()
+    assert a == "| a | 50,000 | 8 | 2 | 105 ± 7 s | 0.29 | 90.50 ± 0.71% |"
+    assert b == "| b | 50,000 | 8 | 1 | 90 s | 0.29 | 89.00% |"
+
+
 def test_the_peers_file_is_changed_for_a_cpu_in_all_that_names_cuda():
     peer = "\n".join(best.CPU)
     assert not re.search("cuda|half|compile", best.for_cpu(peer).replace("_Clock", ""))

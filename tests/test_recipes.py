@@ -74,6 +74,97 @@ def test_muon_goes_on_from_its_state_to_the_same_bits(classification):
         assert torch.equal(a, b)
 
 
+@pytest.fixture
+def layers():
+    """(scenes, (digits, backgrounds)) of them: background n is of the grey level n all over."""
+    levels = torch.arange(40, dtype=torch.uint8)
+    images = levels[:, None, None, None].repeat(1, 3, 32, 32)
+    backgrounds = utils.Dataset("greys", "sample", images, torch.arange(40) % 10, utils.DIGITS)
+    ink = torch.zeros(60, 1, 28, 28, dtype=torch.uint8)
+    for number in range(60):  # a bar of full ink of its own length, and one end that is no mirror's
+        ink[number, 0, 4, 4 : 10 + number // 4] = 255
+        ink[number, 0, 5 : 6 + number % 4, 4] = 255
+    digits = utils.Dataset("bars", "sample", ink, torch.arange(60) % 10, utils.DIGITS)
+    dealt = utils.deal_digits(digits, backgrounds, utils.generator(3))
+    return utils.compose_scenes(digits, backgrounds, seed=3), (dealt, backgrounds)
+
+
+def bars(batches, layers):
+    """[(background, digit, top, left, colour)] of every scene, whose label map is checked."""
+    digits, backgrounds = layers
+    found, shapes = [], {}
+    for number, ink in enumerate(digits.images[:, 0] > 127):
+        shapes[tuple(ink.nonzero()[0].tolist()), bars_key(ink)] = number
+    for images, maps in batches:
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (batches.mean, batches.std))
+        for image, labels in zip((images * std + mean) * 255, maps, strict=True):
+            inked = labels < 10
+            y, x = inked.nonzero().amin(0).tolist()
+            number = shapes[(4, 4), bars_key(inked)]
+            level = image[:, ~inked].mean().round().int().item()
+            assert (image[:, ~inked] - level).abs().max() < 0.1
+            assert (image[:, inked] - image[:, y, x][:, None]).abs().max() < 0.1
+            assert labels[inked].unique().tolist() == [digits.labels[number].item()]
+            assert labels[~inked].unique().tolist() == [10 + backgrounds.labels[level].item()]
+            found.append((level, number, y - 4, x - 4, tuple(image[:, y, x].round().tolist())))
+    return found
+
+
+def bars_key(ink):
+    """How many pixels are in the first row and in the first column of the ink."""
+    y, x = ink.nonzero().amin(0).tolist()
+    return int(ink[y].sum()), int(ink[:, x].sum())
+
+
+def test_digits_are_dealt_as_scenes_use_them(layers):
+    scenes, (digits, _) = layers
+    assert len(digits) == len(scenes) == 40
+    for labels, ink, number in zip(scenes.labels, digits.images, digits.labels, strict=True):
+        assert bars_key(labels < 10) == bars_key(ink[0] > 127)
+        assert labels.min() == number
+
+
+def test_composed_scenes_are_new_in_every_epoch_and_repeatable(layers, run):
+    scenes, layers = layers
+    batches = recipes.Composed(scenes, 7, run, layers=layers, shuffle=True, flip=True, shift=2)
+    assert [len(labels) for _, labels in batches] == [7] * 5 + [5]
+    batches.set_epoch(1)
+    first, again = bars(batches, layers), bars(batches, layers)
+    batches.set_epoch(2)
+    second = bars(batches, layers)
+    assert first == again
+    for epoch in (first, second):  # all of them, each once
+        assert sorted(scene[0] for scene in epoch) == sorted(scene[1] for scene in epoch)
+        assert sorted(scene[0] for scene in epoch) == list(range(40))
+        assert {scene[2] for scene in epoch} == set(range(5)) == {scene[3] for scene in epoch}
+    for part in (slice(0, 1), slice(0, 2), slice(4, 5)):  # order, pairs and colours differ
+        assert [scene[part] for scene in first] != [scene[part] for scene in second]
+    pairs = {scene[:2] for scene in first} & {scene[:2] for scene in second}
+    assert len(pairs) < 10
+    batches.set_epoch(1)
+    batches.seed = 1
+    assert bars(batches, layers) != first
+
+
+def test_composed_scenes_look_like_the_scenes(run):
+    """On the sample: the same share of inked pixels, and the same brightness."""
+    scenes = utils.load_scenes(run)[0]
+    composed = recipes.Composed(scenes, 500, run, layers=utils.load_layers(run))
+    images, labels = (torch.cat(part) for part in zip(*composed, strict=True))
+    fixed = torch.cat([images for images, _ in utils.Batches(scenes, 500, run)])
+    ink, fixed_ink = ((x < 10).float().mean() for x in (labels, scenes.labels))
+    assert abs(ink - fixed_ink) < 0.003 and labels.max() == 19
+    assert (images.mean((0, 2, 3)) - fixed.mean((0, 2, 3))).abs().max() < 0.02
+    assert (images.std((0, 2, 3)) - fixed.std((0, 2, 3))).abs().max() < 0.02
+
+
+def test_composed_scenes_need_layers_of_one_length(layers, run):
+    scenes, (digits, backgrounds) = layers
+    few = digits.subset(torch.arange(39))
+    with pytest.raises(utils.UsageError, match="needed, not 40, 40 and 39"):
+        recipes.Composed(scenes, 7, run, layers=(few, backgrounds))
+
+
 def test_muon_needs_filters():
     with pytest.raises(utils.UsageError, match="Linear has no convolution without a bias"):
         recipes.Muon(nn.Linear(2, 2))

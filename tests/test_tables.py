@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 
 import pytest
@@ -32,7 +33,8 @@ REQUIRED = """run profile best_accuracy best_epoch final_accuracy official_test_
     commit date history""".split()
 
 
-PERCENT = "accuracy iou mean spread share efficiency tests tests_with_views without_views a b"
+SEVERAL = ("finals", "tests", "tests_with_views")  # one for each seed
+PERCENT = [*"accuracy iou mean spread share efficiency without_views a b".split(), *SEVERAL]
 
 
 def values(tree, key="", percent=True):
@@ -43,11 +45,13 @@ def values(tree, key="", percent=True):
             if name != "history":
                 yield from values(branch, name, metric.endswith("%") or "score" in metric)
     elif isinstance(tree, list):
+        if key in SEVERAL and len(tree) > 1:
+            yield from (("%", statistics.mean(tree)), ("%", statistics.stdev(tree)))
         for branch in tree:
             yield from values(branch, key, percent)
     elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
         words = key.split("_")
-        if percent and (key in PERCENT.split() or {"accuracy", "iou"} & set(words)):
+        if percent and (key in PERCENT or {"accuracy", "iou"} & set(words)):
             yield "%", tree
         if "seconds" in words or key in ("a", "b"):
             yield from (("s", tree), ("min", tree / 60))
