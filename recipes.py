@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import Batches, Dataset, UsageError, best_precision, generator
+from utils import Batches, UsageError, best_precision, generator
 
 
 class Muon(torch.optim.AdamW):
@@ -137,16 +137,15 @@ class Warped(Batches):
 
     def __iter__(self):
         draws, radians = generator(self.seed, self.epoch, 1), math.radians(self.degrees)
-        side = self.dataset.images.shape[-1]
-        reach = torch.tensor([radians, radians, self.stretch, self.stretch])
-        reach = torch.cat([reach, torch.full((2,), 2 * self.move / side)])
-        for images, labels in super().__iter__():
-            drawn = (2 * torch.rand(len(images), 6, generator=draws) - 1) * reach
-            angle, slant, wide, high, across, down = drawn.T
-            rows = [(1 + wide) * angle.cos(), slant - (1 + wide) * angle.sin(), across]
-            rows += [(1 + high) * angle.sin(), (1 + high) * angle.cos(), down]
-            maps = torch.stack(rows, 1).view(-1, 2, 3).to(images.device)
-            grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+        move = 2 * self.move / self.dataset.images.shape[-1]
+        reach = torch.tensor([radians, radians, self.stretch, self.stretch, move, move])
+        drawn = (2 * torch.rand(len(self.dataset), 6, generator=draws) - 1) * reach
+        angle, slant, wide, high, across, down = drawn.to(self.device).T
+        rows = [(1 + wide) * angle.cos(), slant - (1 + wide) * angle.sin(), across]
+        rows += [(1 + high) * angle.sin(), (1 + high) * angle.cos(), down]
+        maps = torch.stack(rows, 1).view(-1, 2, 3).split(self.batch_size)
+        for (images, labels), some in zip(super().__iter__(), maps, strict=True):
+            grid = F.affine_grid(some, list(images.shape), align_corners=False)
             border = images[:, :, :1, :1]
             warped = F.grid_sample(images - border, grid, align_corners=False) + border
             yield warped.contiguous(memory_format=torch.channels_last), labels
@@ -160,16 +159,17 @@ class Composed(Batches):
     in another colour at another place; else a scene is what `utils.compose_scenes` makes.
     """
 
-    def __init__(self, scenes, *batches, layers: tuple[Dataset, Dataset], **options):
-        super().__init__(scenes, *batches, **options)
-        (digits, backgrounds), (batch_size, run, *_) = layers, batches
+    def __init__(self, scenes, batch_size, run, *statistics, layers, **options):
+        super().__init__(scenes, batch_size, run, *statistics, **options)
+        digits, backgrounds = layers
         if not len(scenes) == len(backgrounds) == len(digits):
             counts = f"{len(scenes)}, {len(backgrounds)} and {len(digits)}"
             raise UsageError(f"As many scenes, backgrounds and digits are needed, not {counts}.")
         self.numbers = len(digits.classes)
         self.backgrounds = Batches(backgrounds, batch_size, run, ([0.0] * 3, [1.0] * 3), **options)
         margin = (backgrounds.images.shape[-1] - digits.images.shape[-1]) // 2
-        ink = replace(digits, images=F.pad(digits.images, (margin,) * 4))
+        border = (margin + 1,) * 4  # a pixel more, lest reflection reaches a digit's edge
+        ink = replace(digits, images=F.pad(digits.images, border))
         self.ink = Batches(ink, batch_size, run, ([0.0], [1.0]), shuffle=True, shift=margin)
 
     @property
@@ -180,9 +180,11 @@ class Composed(Batches):
         self.backgrounds.seed, self.ink.seed = self.seed, self.seed + 1  # of another order
         self.backgrounds.epoch = self.ink.epoch = self.epoch
         draws = generator(self.seed, self.epoch, 1)
-        for (images, labels), (ink, numbers) in zip(self.backgrounds, self.ink, strict=True):
-            colours = torch.rand(len(images), 3, 1, 1, generator=draws).to(images.device)
-            scenes = 255 * images.lerp(colours, ink)
+        colours = torch.rand(len(self.dataset), 3, 1, 1, generator=draws).to(self.device)
+        parts = zip(self.backgrounds, self.ink, colours.split(self.batch_size), strict=True)
+        for (images, labels), (ink, numbers), colour in parts:
+            ink = ink[..., 1:-1, 1:-1]
+            scenes = 255 * images.lerp(colour, ink)
             labels = (self.numbers + labels)[:, None, None]
             maps = torch.where(ink[:, 0] > 0.5, numbers[:, None, None], labels)
             yield self._normalise(scenes.permute(0, 2, 3, 1)), maps

@@ -37,21 +37,25 @@ from utils import (
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
 WRITE_UP = {
-    "mnist": dict(best=93.7625, best_epoch=41, final=93.725, epochs=100, minutes=32),
-    "cifar10": dict(best=76.83, best_epoch=35, final=76.5225, epochs=100, minutes=20),
+    "mnist": dict(best=93.7625, best_epoch=41, final=93.725, epochs=100, minutes=32, gpu="a T4"),
+    "cifar10": dict(best=76.83, best_epoch=35, final=76.5225, epochs=100, minutes=20, gpu="a T4"),
     "segmentation-1": dict(
-        best=59.267421875, best_epoch=99, final=59.11447265625, epochs=100, minutes=151.514306
+        best=59.267421875, best_epoch=99, final=59.11447265625, epochs=100, minutes=151.514306,
+        gpu="a T4",
     ),
     "segmentation-2": dict(
-        best=65.432373046875, best_epoch=35, final=65.160849609375, epochs=50, minutes=236.943253203
+        best=65.432373046875, best_epoch=35, final=65.160849609375, epochs=50,
+        minutes=236.943253203, gpu="a T4",
     ),
     "segmentation-3": dict(
-        best=68.498642578125, best_epoch=28, final=67.664384765625, epochs=34, minutes=211.102264
+        best=68.498642578125, best_epoch=28, final=67.664384765625, epochs=34, minutes=211.102264,
+        gpu="a T4",
     ),
     "segmentation-4": dict(
-        best=75.506806640625, best_epoch=56, final=75.3687890625, epochs=100, minutes=143.612789
+        best=75.506806640625, best_epoch=56, final=75.3687890625, epochs=100, minutes=143.612789,
+        gpu="an A1000",
     ),
-}
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- model facts
@@ -241,7 +245,9 @@ def draw_curves(
     training = [e.accuracy for e in history]
     axes.plot(x, training, "s:", color="#E69F00", label="training, as met", **style)
     best = max(history, key=lambda e: e.validation_accuracy)
-    star = dict(color="#D55E00", markersize=13, label=f"best, {best.validation_accuracy:.2f}%")
+    star = dict(
+        color="#D55E00", markersize=15, mfc="none", label=f"best, {best.validation_accuracy:.2f}%"
+    )
     axes.plot(best.epoch, best.validation_accuracy, "*", **star)
     if old:
         label = f"the write-up's best{_elsewhere(title)}, {old['best']:.2f}%"
@@ -268,7 +274,7 @@ def draw_history(record: dict) -> plt.Figure:
     if old:
         caption += (
             f"\nWrite-up{_elsewhere(record['run'])}: {old['minutes']:.0f} min for "
-            f"{old['epochs']} epochs. "
+            f"{old['epochs']} epochs on {old['gpu']} GPU. "
             f"Best score {old['best']:.2f}% at epoch {old['best_epoch']}, "
             f"final score {old['final']:.2f}%."
         )
@@ -327,13 +333,15 @@ def summary(records: Sequence[dict]) -> str:
         f"{'final %':>9}{'test %':>8}{'write-up %':>12}{'diff':>7}"
     ]
     for record in records:
-        final, old, epochs = record["final_accuracy"], write_up(record), f"{record['epochs']}"
+        old, epochs = write_up(record), f"{record['epochs']}"
+        final = np.mean(record.get("finals", [record["final_accuracy"]]))  # over the seeds
+        test = np.mean(record.get("tests", [record["official_test_accuracy"]]))
         if record.get("planned_epochs", record["epochs"]) != record["epochs"]:
             epochs += f"/{record['planned_epochs']}"
         lines.append(
             f"{record['run']:<17}{record['parameters']:>11,}"
             f"{record['multiply_adds'] / 1e6:>9,.0f} M{epochs:>8}"
-            f"{record['train_seconds']:>9.1f}{final:>9.2f}{record['official_test_accuracy']:>8.2f}"
+            f"{record['train_seconds']:>9.1f}{final:>9.2f}{test:>8.2f}"
             + (
                 f"{old['final']:>12.2f}{final - old['final']:>+7.2f}"
                 if old

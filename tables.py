@@ -31,12 +31,6 @@ WHAT = {  # each run's model, in words
     "cifar10-96": "the same, with longer paths and more channels",
     "segmentation-best": "`SkipNet`: an encoder and decoder with skips, Muon",
 }
-QUESTIONS = {  # each question of the trials, in words
-    "mnist": "MNIST: batch, width, a ResBlock, the learning rate",
-    "cifar10": "CIFAR-10: where the convolutions are, and the batch",
-    "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
-    "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
-}
 
 
 def grid(head: str, rows: list[list[str]], left: int = 1) -> str:
@@ -85,6 +79,7 @@ def results() -> str:
     for name, record in records().items():
         seeds = len(record.get("seeds", [record["seed"]]))
         test = percent(record, "tests", "official_test_accuracy")
+        epoch = record["train_seconds"] / record["epochs"]
         if "tests_with_views" in record:
             test += f"; in views {percent(record, 'tests_with_views')}"
         if "mean_iou" in record:
@@ -98,7 +93,7 @@ def results() -> str:
                 of_planned(record),
                 f"{seeds}",
                 report.duration(record["train_seconds"]),
-                f"{record['train_seconds'] / record['epochs']:.0f} s",
+                f"{epoch:.{0 if epoch >= 10 else 2}f} s",
                 f"{record['parameters'] / 1e6:.2f} M",
                 f"{record['flops'] / 1e15:.2g}",
             ]
@@ -122,7 +117,7 @@ def machines() -> str:
 def questions() -> str:
     """The trials on the full data, a table a question."""
     parts = []
-    for question, words in QUESTIONS.items():
+    for question, words in trials.QUESTIONS.items():
         rows = [row for row in trials.load(FIGURES) if row["question"] == question]
         parts.append(f"{words}\n\n```\n{trials.table(rows) if rows else 'not measured'}\n```")
     return "\n\n".join(parts)

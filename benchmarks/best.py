@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,7 @@ def cifar10(aim: str, run: utils.Settings, seed: int) -> dict:
     torch.manual_seed(seed)
     seen, _ = next(iter(utils.Batches(training, 5000, run, facts)))
     started = utils.clock(run)
-    model = models.FastNet(*shape).init_whitening(seen.cpu())
+    model = models.FastNet(*shape).to(run.device).init_whitening(seen)
     whitening = utils.clock(run) - started
     test_batches = utils.Batches(test, 500, run, facts)
     row = fit(model, batches, test_batches, epochs, run, mirror=True)
@@ -109,8 +110,7 @@ def segmentation_best(run: utils.Settings, seed: int) -> dict:
     models = report.notebook_definitions("imagesegmentation.ipynb")
     training, test = utils.load_scenes(run)
     facts = training.statistics()
-    options = dict(shuffle=True, flip=True, shift=4, seed=seed, layers=utils.load_layers(run))
-    batches = recipes.Composed(training, 125, run, facts, **options)
+    batches = utils.Batches(training, 125, run, facts, shuffle=True, shift=2, seed=seed)
     torch.manual_seed(seed)
     epochs = run.epochs(full=models.SKIP_EPOCHS, quick=1)
     test_batches = utils.Batches(test, 500, run, facts)
@@ -174,7 +174,7 @@ def airbench94(folder: Path, run: utils.Settings, seed: int = 0) -> dict:
     *_, seconds = (cell.strip() for cell in before.strip("|").split("|"))
     *_, score, _ = (cell.strip() for cell in last.strip("|").split("|"))
     numbers = dict(train_seconds=float(seconds), test_accuracy=100 * float(score), epochs=8)
-    numbers |= dict(seed=seed)
+    numbers |= dict(seed=seed, precision="float16" if run.device.type == "cuda" else "bfloat16")
     return numbers | dict(flops=0.29e15, images=50_000, source=data.source)  # FLOPs: its README
 
 
@@ -184,7 +184,8 @@ def table(rows: list[dict]) -> str:
     lines = [f"| {' | '.join(head)} |", "| --- |" + " --: |" * 6]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
-        seconds = mean_of([row["train_seconds"] for row in mine], 0)
+        seconds = [row["train_seconds"] for row in mine]
+        seconds = mean_of(seconds, 0 if min(seconds) >= 100 else 2)
         score = mean_of([row["test_accuracy"] for row in mine], 2) + "%"
         if mine[0].get("mean_iou"):
             score += f" of pixels, mean IoU {mean_of([row['mean_iou'] for row in mine], 2)}%"
@@ -199,6 +200,19 @@ def mean_of(values: list[float], digits: int) -> str:
     """The mean, and the standard deviation where there are several."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def merge(old: list[dict], new: list[dict]) -> list[dict]:
+    """All rows but the old ones of a model that ran again otherwise, or from the same seed."""
+    alike = ("epochs", "hardware", "torch", "commit")
+    for row in new:
+        old = [
+            other
+            for other in old
+            if other["model"] != row["model"]
+            or (other.get("seed", 0) != row["seed"] and all(other[k] == row[k] for k in alike))
+        ]
+    return [*old, *new]
 
 
 def main() -> None:
@@ -224,15 +238,16 @@ def main() -> None:
         if options.airbench:
             sides.append(("airbench94", partial(airbench94, options.airbench, run, seed)))
         sides += [(name, partial(RUNS[name], run, seed)) for name in names]
+    if run.device.type == "cuda":  # kernels are loaded and chosen, as the peer's own warm-up does
+        for name in names:
+            RUNS[name](replace(run, epochs_cap=6), 0)
     for name, measure in sides:
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        rows.append(dict(model=name, **measure(), **machine, date=date))
+        rows.append({"model": name, **machine, **measure(), "date": date})
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         if options.json:
-            kept = json.loads(options.json.read_text()) if options.json.exists() else []
-            new = {(row["model"], row["seed"]) for row in rows}
-            kept = [row for row in kept if (row["model"], row.get("seed", 0)) not in new]
-            options.json.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+            old = json.loads(options.json.read_text()) if options.json.exists() else []
+            options.json.write_text(json.dumps(merge(old, rows), indent=1) + "\n")
     print(table(rows))
 
 

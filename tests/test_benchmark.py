@@ -89,7 +89,20 @@ def test_several_runs_of_a_best_model_are_one_line():
     rows = [dict(row, model=m, test_accuracy=s, train_seconds=t) for m, s, t in scores]
     _, _, a, b = best.table(rows).splitlines()
     assert a == "| a | 50,000 | 8 | 2 | 105 ± 7 s | 0.29 | 90.50 ± 0.71% |"
-    assert b == "| b | 50,000 | 8 | 1 | 90 s | 0.29 | 89.00% |"
+    assert b == "| b | 50,000 | 8 | 1 | 90.00 s | 0.29 | 89.00% |"
+
+
+def test_old_rows_of_a_model_stay_beside_new_ones_where_all_but_the_seed_is_alike():
+    def row(model, seed, epochs=8):
+        return dict(model=model, seed=seed, epochs=epochs, hardware="h", torch="2", commit="c")
+
+    old = [row("a", 0), row("a", 1), row("b", 0)]
+    assert best.merge(old, [row("a", 1), row("a", 2)]) == [
+        row("a", 0),
+        row("b", 0),
+        *(row("a", n) for n in (1, 2)),
+    ]
+    assert best.merge(old, [row("a", 2, epochs=9)]) == [row("b", 0), row("a", 2, epochs=9)]
 
 
 def test_the_peers_file_is_changed_for_a_cpu_in_all_that_names_cuda():

@@ -146,6 +146,17 @@ def test_composed_scenes_are_new_in_every_epoch_and_repeatable(layers, run):
     assert bars(batches, layers) != first
 
 
+def test_a_digit_at_the_edge_of_its_image_is_whole_and_there_once(layers, run):
+    scenes, (digits, backgrounds) = layers
+    ink = torch.zeros_like(digits.images)
+    ink[:, :, -1], ink[:, :, :, 0] = 255, 255
+    digits = replace(digits, images=ink)
+    composed = recipes.Composed(scenes, 40, run, layers=(digits, backgrounds), shuffle=True)
+    _, maps = next(iter(composed))
+    assert ((maps < 10).sum((1, 2)) == 55).all()
+    assert ((maps < 10).sum(2).amax(1) == 28).all() and ((maps < 10).sum(1).amax(1) == 28).all()
+
+
 def test_composed_scenes_look_like_the_scenes(run):
     """On the sample: the same share of inked pixels, and the same brightness."""
     scenes = utils.load_scenes(run)[0]
