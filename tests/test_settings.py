@@ -84,11 +84,19 @@ def test_the_precision_is_the_gpus_native_one(monkeypatch, capability, precision
     assert utils.best_precision(torch.device("cuda")) == precision
 
 
-@pytest.mark.parametrize("amx, avx512, expected", [(1, 1, "bf"), (0, 1, "bf"), (0, 0, "")])
-def test_the_precision_is_the_cpus_native_one(monkeypatch, amx, avx512, expected):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
-    precision = torch.bfloat16 if expected else torch.float32
+@pytest.mark.parametrize(
+    "name, amx, avx512, precision",
+    [
+        ("Intel(R) Xeon(R)", True, True, torch.bfloat16),
+        ("Intel(R) Xeon(R)", False, True, torch.float32),
+        ("AMD EPYC", False, True, torch.bfloat16),
+        ("AMD EPYC", False, False, torch.float32),
+    ],
+)
+def test_the_precision_is_the_cpus_fastest(monkeypatch, name, amx, avx512, precision):
+    monkeypatch.setattr(utils, "hardware_name", lambda device: name)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert utils.best_precision(torch.device("cpu")) == precision
 
 
