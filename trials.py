@@ -32,7 +32,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
     "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
 }
-asked: set[str] = set(QUESTIONS)  # those to be answered now
+asked: set[str] | None = None  # those to be answered now; None is all
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def compare(
     """
     full, text = utils.ROOT / "figures", "Not asked of your own data."
     own = validation.dataset.source == "own"
-    if question not in asked:
+    if asked is not None and question not in asked:
         return f"{question}: not asked now."
     if run.profile == "short" and not own:
         text = "Not asked again in the short profile; `python trials.py` does."
@@ -185,8 +185,8 @@ def main() -> None:
     """Run the cells of both notebooks that the questions need, in the full profile."""
     import trials  # what the notebooks know by this name, which is not __main__
 
-    trials.asked = set(sys.argv[1:]) or trials.asked
-    if unknown := trials.asked - set(QUESTIONS):
+    trials.asked = set(sys.argv[1:]) or None
+    if unknown := set(sys.argv[1:]) - set(QUESTIONS):
         raise SystemExit(f"{', '.join(unknown)}? The questions are {', '.join(QUESTIONS)}.")
     if os.environ.get("PROFILE") != "quick":
         os.environ["PROFILE"] = "full"

@@ -1,6 +1,7 @@
 """The parts of the best models' recipes: Muon, images that grow or are warped, several views."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -361,3 +362,12 @@ def test_own_data_is_not_asked(run, pictures, profile):
     run, own = replace(run, profile=profile), replace(pictures, source="own")
     mine = utils.Batches(own, 20, run)
     assert trials.compare("what?", {}, mine, 4, run).startswith("Not asked of your own data.")
+
+
+def test_one_question_can_be_asked_alone(run, pictures, monkeypatch):
+    monkeypatch.setattr(trials, "asked", {"mnist"})
+    batches = utils.Batches(pictures, 8, run)
+    assert trials.compare("cifar10", {}, batches, 1, run) == "cifar10: not asked now."
+    monkeypatch.setattr(sys, "argv", ["trials.py", "mnits"])
+    with pytest.raises(SystemExit, match="mnits. The questions are mnist, cifar10"):
+        trials.main()

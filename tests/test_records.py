@@ -91,8 +91,8 @@ def test_a_figure_is_drawn_from_its_record_alone(recorded):
     for fact in ("Run time", "Best score", "at epoch 1", "final score", "MNIST (sample)"):
         assert fact in caption
     assert "Write-up" not in caption  # a sample compares with nothing
-    axes = report.draw_history({**recorded, "source": "full"}).axes[0]
-    assert "Write-up: 32 min for 100 epochs. Best score 93.76% at epoch 41" in axes.get_xlabel()
+    caption = report.draw_history({**recorded, "source": "full"}).axes[0].get_xlabel()
+    assert "Write-up: 32 min for 100 epochs on a T4 GPU. Best score 93.76% at epoch 41" in caption
 
 
 def test_the_summary_compares_full_runs_with_the_write_up(recorded):
