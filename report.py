@@ -274,7 +274,7 @@ def draw_history(record: dict) -> plt.Figure:
     if old:
         caption += (
             f"\nWrite-up{_elsewhere(record['run'])}: {old['minutes']:.0f} min for "
-            f"{old['epochs']} epochs on {old['gpu']} GPU. "
+            f"{old['epochs']} epochs on {old['gpu']} GPU.\n"
             f"Best score {old['best']:.2f}% at epoch {old['best_epoch']}, "
             f"final score {old['final']:.2f}%."
         )

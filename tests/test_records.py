@@ -92,7 +92,15 @@ def test_a_figure_is_drawn_from_its_record_alone(recorded):
         assert fact in caption
     assert "Write-up" not in caption  # a sample compares with nothing
     caption = report.draw_history({**recorded, "source": "full"}).axes[0].get_xlabel()
-    assert "Write-up: 32 min for 100 epochs on a T4 GPU. Best score 93.76% at epoch 41" in caption
+    assert "Write-up: 32 min for 100 epochs on a T4 GPU.\nBest score 93.76% at epoch 41" in caption
+
+
+@pytest.mark.parametrize("record", report.load_records(ROOT / "figures"), ids=lambda r: r["run"])
+def test_no_caption_is_cut_off(record):
+    figure = report.draw_history(record)
+    figure.canvas.draw()
+    caption = figure.axes[0].xaxis.label.get_window_extent()
+    assert caption.x0 >= 0 and caption.x1 <= figure.bbox.width
 
 
 def test_the_summary_compares_full_runs_with_the_write_up(recorded):
