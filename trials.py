@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 import recipes
 import report
 import utils
+from checkpoints import Checkpoint
 from files import write_whole
 
 QUESTIONS = {  # all that the notebooks ask, in words
@@ -62,7 +65,8 @@ def compare(
     seeds; `jitter` is the mean change of the score from one epoch to the next in the second half.
     For label maps the mean IoU stands beside them. trials.json keeps the rows; the record of the
     full data, where there is one, is shown below them. Your own data is not asked, and the short
-    profile shows what is on record.
+    profile shows what is on record. In the full profile, which takes long, what is trained already
+    is kept until the question is answered: one that was cut short goes on.
     """
     full, text = utils.ROOT / "figures", "Not asked of your own data."
     own = validation.dataset.source == "own"
@@ -77,11 +81,17 @@ def compare(
         ]
         if utils.rank() == 0:
             keep(rows, run.figures)
+            shutil.rmtree(_started(question, run), ignore_errors=True)
         text = table(rows)
     record = [row for row in load(full) if row["question"] == question]
     if record and (run.figures != full or run.profile == "short"):
         text += f"\n\nOn record, of the full data:\n\n{table(record)}"
     return text
+
+
+def _started(question: str, run: utils.Settings) -> Path:
+    """Where the checkpoints of a question are until it is answered."""
+    return run.checkpoint(f"trials/{question}").path.with_suffix("")
 
 
 def _row(question, name, variant, validation, epochs, run, seeds) -> dict:
@@ -94,7 +104,13 @@ def _row(question, name, variant, validation, epochs, run, seeds) -> dict:
         batches.seed = seed
         model = variant.make().to(run.device, memory_format=torch.channels_last)
         optimizer, schedule = _optimizer(model, variant, epochs)
-        history = utils.train(model, optimizer, batches, validation, epochs, quiet, schedule, loss)
+        checkpoint = None
+        if run.profile == "full":
+            title = re.sub(r"\W+", "-", f"{name} {epochs} {seed}")
+            checkpoint = Checkpoint(_started(question, run) / f"{title}.pt", run.resume)
+        history = utils.train(
+            model, optimizer, batches, validation, epochs, quiet, schedule, loss, checkpoint
+        )
         if len(history) < epochs:
             raise KeyboardInterrupt(f"{name}: stopped after {len(history)} of {epochs} epochs.")
         histories.append(history)

@@ -3,6 +3,7 @@
 import copy
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -355,6 +356,32 @@ def test_trials_that_were_stopped_are_no_record(run, pictures):
     }
     with pytest.raises(KeyboardInterrupt, match="cut: stopped after 2 of 4 epochs"):
         trials.compare("cut?", variants, utils.Batches(pictures, 20, run), 4, run)
+
+
+def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    full, seen = replace(run, profile="full", quiet=True), []
+
+    class Seen(recipes.Resized):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+            super().set_epoch(epoch)
+
+    def ask(kind, run):
+        batches = kind(pictures, 20, run, shuffle=True, sizes=(32, 32, 32, 32))
+        layers = partial(nn.Sequential, nn.Flatten())
+        variants = {"1, all": trials.Variant(lambda: layers(nn.Linear(3072, 10)), batches, 1e-3)}
+        validation = utils.Batches(pictures, 20, run)
+        trials.compare("cut?", variants, validation, 4, run, seeds=[0, 1])
+        return [row["mean"] for row in trials.load(tmp_path / "figures")]
+
+    with pytest.raises(KeyboardInterrupt, match="stopped after 2 of 4 epochs"):
+        ask(Cut, full)
+    resumed = ask(Seen, full)
+    assert seen == [3, 4, 1, 2, 3, 4]
+    assert not list((full.checkpoint_dir / "trials").rglob("*.pt"))  # the question is answered
+    assert resumed == ask(Seen, replace(full, checkpoint_dir=tmp_path / "anew"))
+    assert seen[6:] == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("profile", ["full", "short", "quick"])
