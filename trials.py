@@ -75,13 +75,17 @@ def compare(
     if run.profile == "short" and not own:
         text = "Not asked again in the short profile; `python trials.py` does."
     elif not own:
+        started = None
+        if run.profile == "full":
+            started = run.checkpoint_dir / "trials" / f"{question}-{epochs}"
         rows = [
-            _row(question, name, variant, validation, epochs, run, seeds)
+            _row(question, name, variant, validation, epochs, run, seeds, started)
             for name, variant in variants.items()
         ]
         if utils.rank() == 0:
             keep(rows, run.figures)
-            shutil.rmtree(_started(question, run), ignore_errors=True)
+            if started:
+                shutil.rmtree(started, ignore_errors=True)
         text = table(rows)
     record = [row for row in load(full) if row["question"] == question]
     if record and (run.figures != full or run.profile == "short"):
@@ -89,13 +93,8 @@ def compare(
     return text
 
 
-def _started(question: str, run: utils.Settings) -> Path:
-    """Where the checkpoints of a question are until it is answered."""
-    return run.checkpoint(f"trials/{question}").path.with_suffix("")
-
-
-def _row(question, name, variant, validation, epochs, run, seeds) -> dict:
-    """All there is to know about a variant's runs."""
+def _row(question, name, variant, validation, epochs, run, seeds, started) -> dict:
+    """All there is to know about a variant's runs; `started` is the folder of their checkpoints."""
     histories, scores, ious, data = [], [], [], variant.batches.dataset
     quiet, batches = replace(run, quiet=True), copy.copy(variant.batches)
     loss = partial(F.cross_entropy, label_smoothing=variant.smoothing)
@@ -104,10 +103,8 @@ def _row(question, name, variant, validation, epochs, run, seeds) -> dict:
         batches.seed = seed
         model = variant.make().to(run.device, memory_format=torch.channels_last)
         optimizer, schedule = _optimizer(model, variant, epochs)
-        checkpoint = None
-        if run.profile == "full":
-            title = re.sub(r"\W+", "-", f"{name} {epochs} {seed}")
-            checkpoint = Checkpoint(_started(question, run) / f"{title}.pt", run.resume)
+        title = re.sub(r"\W+", "-", f"{name} {seed}")
+        checkpoint = started and Checkpoint(started / f"{title}.pt", run.resume)
         history = utils.train(
             model, optimizer, batches, validation, epochs, quiet, schedule, loss, checkpoint
         )
@@ -201,9 +198,10 @@ def main() -> None:
     """Run the cells of both notebooks that the questions need, in the full profile."""
     import trials  # what the notebooks know by this name, which is not __main__
 
-    trials.asked = set(sys.argv[1:]) or None
-    if unknown := set(sys.argv[1:]) - set(QUESTIONS):
+    chosen = set(sys.argv[1:])
+    if unknown := chosen - set(QUESTIONS):
         raise SystemExit(f"{', '.join(unknown)}? The questions are {', '.join(QUESTIONS)}.")
+    trials.asked = chosen or None
     if os.environ.get("PROFILE") != "quick":
         os.environ["PROFILE"] = "full"
     matplotlib.use("agg")

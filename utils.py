@@ -219,8 +219,8 @@ def best_precision(device: torch.device) -> torch.dtype:
     """The fastest dtype that the hardware multiplies natively.
 
     bfloat16 from CUDA compute capability 8.0 on (a T4, 7.5, only emulates it) and on CPUs with
-    AMX or AMD's AVX512-BF16 (with Intel's alone, a training step took 1.1 to 1.4 times as long as
-    in float32); float16 on the older tensor cores; float32 elsewhere.
+    AMX or AMD's AVX512-BF16 (on an Intel Xeon with that and no AMX, float32 trained faster);
+    float16 on the older tensor cores; float32 elsewhere.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)

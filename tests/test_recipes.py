@@ -377,6 +377,7 @@ def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_p
 
     with pytest.raises(KeyboardInterrupt, match="stopped after 2 of 4 epochs"):
         ask(Cut, full)
+    ask(recipes.Resized, run)  # the quick profile's answer leaves that alone
     resumed = ask(Seen, full)
     assert seen == [3, 4, 1, 2, 3, 4]
     assert not list((full.checkpoint_dir / "trials").rglob("*.pt"))  # the question is answered
