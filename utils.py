@@ -239,11 +239,16 @@ def hardware_name(device: torch.device) -> str:
     times = f"{world()} x " if world() > 1 else ""
     if device.type == "cuda":
         return times + torch.cuda.get_device_name(device)
+    return f"{times}{_processor()}, {torch.get_num_threads()} threads"
+
+
+@cache  # Muon asks for the precision at every step
+def _processor() -> str:
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
-    return f"{times}{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 @cache
