@@ -223,6 +223,8 @@ def _describe(value) -> str:
             f"{len(value)} batches of {value.batch_size}, {kinds}, {len(value.dataset)} examples, "
             f"SHA-256 of a batch {digest.hexdigest()[:16]}"
         )
+    if (getattr(value, "__module__", None) or "").startswith("torch.nn.functional"):
+        return value.__qualname__  # its constants hold its docstring, which a version may change
     code = getattr(value, "__code__", None)
     if code is not None:
         constants = [c for c in code.co_consts if isinstance(c, (int, float, str, tuple))]
@@ -235,13 +237,18 @@ def _describe_schedule(schedule) -> str:
     if schedule is None:
         return "constant"
     state = {k: v for k, v in vars(schedule).items() if k not in _PROGRESS}
+    state = {k: v for k, v in state.items() if k[0] != "_" or k in _ONE_CYCLE}
     functions = [_describe(f) for f in state.pop("lr_lambdas", [])]
     plain = (bool, int, float, str, list, tuple, dict)
     state = {k: v for k, v in state.items() if isinstance(v, plain)}
     return f"{type(schedule).__name__} {state} {functions}"
 
 
-_PROGRESS = ("optimizer", "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step")
+_PROGRESS = ("optimizer", "last_epoch")
+_ONE_CYCLE = (
+    "_schedule_phases",
+    "_anneal_func_type",
+)  # all that matters of what is private
 
 
 def _difference(there: str, here: str) -> str:
@@ -378,7 +385,7 @@ def out_of_memory(error: Exception, batch_size: int | None) -> str | None:
 
     The frames that the error came through let go of their tensors.
     """
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if not known and not any(text in str(error).lower() for text in texts):
         return None

@@ -6,6 +6,7 @@ UsageError, a sentence that names the file and the way out.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import shutil
@@ -51,7 +52,8 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     if os.name == "posix":  # the renames, too, have to reach the disk
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # not every network drive can, and the file is there
+                os.fsync(folder)
         finally:
             os.close(folder)
 

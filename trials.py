@@ -35,7 +35,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
     "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
 }
-asked: set[str] | None = None  # those to be answered now; None is all
+asked: set[str] | None = None  # those to be answered now; None is all that are not on record
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,19 @@ def compare(
     For label maps the mean IoU stands beside them. trials.json keeps the rows; the record of the
     full data, where there is one, is shown below them. Your own data is not asked, and the short
     profile shows what is on record. In the full profile, which takes long, what is trained already
-    is kept until the question is answered: one that was cut short goes on.
+    is kept until the question is answered: one that was cut short goes on, and one that this
+    hardware has answered is asked again by `python trials.py` or RESUME=0 alone.
     """
     full, text = utils.ROOT / "figures", "Not asked of your own data."
     own = validation.dataset.source == "own"
     if asked is not None and question not in asked:
         return f"{question}: not asked now."
+    record = [row for row in load(full) if row["question"] == question]
+    answered = _answered(record, variants, validation.dataset.source, epochs, run)
     if run.profile == "short" and not own:
         text = "Not asked again in the short profile; `python trials.py` does."
+    elif answered:
+        text = "Answered already; `python trials.py` asks again."
     elif not own:
         started = None
         if run.profile == "full":
@@ -87,10 +92,18 @@ def compare(
             if started:
                 shutil.rmtree(started, ignore_errors=True)
         text = table(rows)
-    record = [row for row in load(full) if row["question"] == question]
-    if record and (run.figures != full or run.profile == "short"):
+    if record and (run.figures != full or run.profile == "short" or answered):
         text += f"\n\nOn record, of the full data:\n\n{table(record)}"
     return text
+
+
+def _answered(record, variants, source, epochs, run) -> bool:
+    """Whether these rows are what the full profile would find here, and nobody asks anew."""
+    if not record or run.profile != "full" or not run.resume or asked is not None:
+        return False
+    there = [record[0][fact] for fact in ("epochs", "source", "device")]
+    here = [epochs, source, utils.hardware_name(run.device)]
+    return there == here and [row["variant"] for row in record] == list(variants)
 
 
 def _row(question, name, variant, validation, epochs, run, seeds, started) -> dict:
@@ -201,7 +214,7 @@ def main() -> None:
     chosen = set(sys.argv[1:])
     if unknown := chosen - set(QUESTIONS):
         raise SystemExit(f"{', '.join(unknown)}? The questions are {', '.join(QUESTIONS)}.")
-    trials.asked = chosen or None
+    trials.asked = chosen or set(QUESTIONS)
     if os.environ.get("PROFILE") != "quick":
         os.environ["PROFILE"] = "full"
     matplotlib.use("agg")

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -50,6 +51,7 @@ VARIABLES = {  # of the environment: what a value must look like, and the same i
     "THRESHOLD": (r"\d{1,2}(\.\d*)?|100", "a percentage"),
     "FLIP": ("[01]", "0 or 1"),
     "RESUME": ("[01]", "0 or 1"),
+    "PRECISION": ("float32|bfloat16|float16", "float32, bfloat16 or float16"),
 }
 
 
@@ -66,7 +68,7 @@ class Settings:
     epochs_cap: int | None
     device: torch.device
     precision: torch.dtype  # of the matrix products; weights and sums stay float32
-    graphs: bool = False  # on CUDA, replay training steps as graphs
+    graphs: bool = False  # on CUDA, replay training steps as graphs; not in float16
     quiet: bool = False  # show no line and no plot of a run
     pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
     scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
@@ -168,12 +170,18 @@ def settings(
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    if precision is None and value["PRECISION"]:
+        precision = getattr(torch, value["PRECISION"])
+    precision = precision or best_precision(device)
+    if precision == torch.float16:  # a step that overflows is left out, and it may be the first
+        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+    able = device.type == "cuda" and world() == 1 and precision != torch.float16
     return Settings(
         profile=value["PROFILE"] or ("full" if device.type == "cuda" else "quick"),
         epochs_cap=int(value["EPOCHS"]) if value["EPOCHS"] else None,
         device=device,
-        precision=precision or best_precision(device),
-        graphs=graphs and device.type == "cuda" and world() == 1,
+        precision=precision,
+        graphs=graphs and able,
         size=int(value["SIZE"] or 32),
         pass_mark=float(value["THRESHOLD"]) if value["THRESHOLD"] else None,
         flip=value["FLIP"] != "0",
@@ -194,6 +202,8 @@ def join_processes(device: torch.device, local_rank: int) -> torch.device:
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     if device.type == "cuda":
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise UsageError(f"More processes than GPUs here, {gpus}: start one for each.")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return device
@@ -639,7 +649,8 @@ def train(
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
         parts["random"] = Draws(batches)
-        others = dict(validation=validation, loss=loss_function, precision=run.precision)
+        others = dict(validation=validation, loss=loss_function, graphs=run.graphs)
+        others["precision"] = dtype_name(run.precision)
         facts = facts_of(**parts, epochs=epochs, batches=batches, **others)
         history = History(*checkpoint.start(parts, facts))
     history.planned = epochs
@@ -781,7 +792,8 @@ class CapturedStep:
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
-        self.step, self.warm_up, self.graph = step, 3, None
+        self.step, self.warm_up, self.graph, self.shape = step, 3, None, None
+        optimizer._warned_capturable_if_run_uncaptured = True  # as the warm-up does, knowingly
         self.stream = torch.cuda.Stream()
         for group in optimizer.param_groups:  # what the graph reads must lie on the device
             group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
@@ -789,7 +801,8 @@ class CapturedStep:
                 group["capturable"] = True
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        if self.graph is None and self.warm_up == 0:
+        known, self.shape = images.shape == self.shape, images.shape
+        if self.graph is None and self.warm_up == 0 and known:
             started = time.perf_counter()
             self.images, self.labels = images.clone(), labels.clone()
             self.graph = torch.cuda.CUDAGraph()

@@ -1,5 +1,6 @@
 """Exact resume, refusal of what does not fit, and a plain sentence for whatever stops a run."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -241,6 +242,28 @@ def test_another_run_is_refused_with_what_differs(fact, tmp_path, tally):
     assert "RESUME = False" in str(error.value)
     assert f"whose {fact} was" in str(error.value)
     tally.add("faults", survived=(tmp_path / "toy.pt").read_bytes() == before)
+
+
+def test_another_precision_is_refused_and_can_be_put_back(tmp_path, monkeypatch, tally):
+    stopped(tmp_path, 2)
+    whole = victim.settings(tmp_path)
+    other = dataclasses.replace(whole, precision=torch.bfloat16)
+    monkeypatch.setattr(victim, "settings", lambda folder: other)
+    with pytest.raises(utils.UsageError, match="precision was 'float32' and is now 'bfloat16'"):
+        victim.fit(tmp_path)
+    monkeypatch.setattr(victim, "settings", lambda folder: whole)
+    tally.add("faults", survived=len(victim.fit(tmp_path)[0]) == victim.EPOCHS)
+
+
+def test_another_version_of_torch_is_no_other_run():
+    assert checkpoints._describe(F.cross_entropy) == "cross_entropy"  # not its docstring
+    optimizer = torch.optim.SGD(victim.model().parameters(), 0.1)
+    schedule = utils.one_cycle(optimizer, range(10), 3, 0.1)
+    before = checkpoints._describe_schedule(schedule)
+    schedule._new_in_the_next_version = 1
+    assert checkpoints._describe_schedule(schedule) == before
+    assert before != checkpoints._describe_schedule(utils.one_cycle(optimizer, range(10), 3, 0.2))
+    assert before != checkpoints._describe_schedule(utils.one_cycle(optimizer, range(10), 4, 0.1))
 
 
 def test_other_data_is_refused(tmp_path, tally):

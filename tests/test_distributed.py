@@ -17,7 +17,8 @@ def start(processes, script, *arguments, cwd, **environ):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environ = {**os.environ, "PROFILE": "quick", "OMP_NUM_THREADS": "1", **environ}
+    here = dict(PROFILE="quick", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    environ = {**os.environ, **here, **environ}
     done = subprocess.run(
         [*command, script, *arguments],
         cwd=cwd,

@@ -20,6 +20,7 @@ def processes():
     context.set_forkserver_preload(["victim"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(victim.__file__).parent))  # for the server to find it
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # or most are killed while they look for a GPU
         forkserver.ensure_running()
     return context
 

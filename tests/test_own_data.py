@@ -313,11 +313,16 @@ def test_colab_installs_what_is_missing_and_keeps_its_torch(tmp_path, monkeypatc
     assert utils.settings().data_dir.parts[-2:] == ("vision", "data")
 
 
-def test_colab_knows_what_is_missing(tmp_path):
+def test_colab_knows_what_is_missing(tmp_path, monkeypatch):
     assert colab.missing_packages() == []
-    (tmp_path / "requirements.txt").write_text("torch>=2\nno-such-package-here>=1  # why\n\n")
+    (tmp_path / "requirements.txt").write_text(
+        "torch>=2\njupyter\nno-such-package-here>=1  # why\n\n"
+    )
     assert colab.missing_packages(tmp_path / "requirements.txt") == ["no-such-package-here>=1"]
     assert colab.missing_packages(tmp_path / "nowhere.txt") == []
+    monkeypatch.setattr(colab.importlib.metadata, "version", lambda name: 1 / 0)
+    (tmp_path / "requirements.txt").write_text("ruff>=0.9  # for the tests alone\n")
+    assert colab.missing_packages(tmp_path / "requirements.txt") == []
 
 
 @pytest.mark.parametrize("name", ["imageclassification", "imagesegmentation"])

@@ -381,8 +381,11 @@ def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_p
     resumed = ask(Seen, full)
     assert seen == [3, 4, 1, 2, 3, 4]
     assert not list((full.checkpoint_dir / "trials").rglob("*.pt"))  # the question is answered
-    assert resumed == ask(Seen, replace(full, checkpoint_dir=tmp_path / "anew"))
+    assert ask(Seen, full) == resumed and len(seen) == 6  # and is not asked again here
+    assert ask(Seen, replace(full, resume=False)) == resumed
     assert seen[6:] == [1, 2, 3, 4, 1, 2, 3, 4]
+    monkeypatch.setattr(utils, "hardware_name", lambda device: "a T4")
+    assert ask(Seen, full) == resumed and len(seen) == 22  # other hardware is another answer
 
 
 @pytest.mark.parametrize("profile", ["full", "short", "quick"])

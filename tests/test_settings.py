@@ -67,6 +67,10 @@ def test_the_precision_can_be_overridden_and_is_printed():
     run = utils.settings(precision=torch.float32, environ={})
     assert run.precision == torch.float32
     assert "precision  float32, channels_last" in str(run)
+    assert choose(PRECISION="bfloat16").precision == torch.bfloat16
+    assert choose().precision == utils.best_precision(choose().device)
+    with pytest.raises(utils.UsageError, match="PRECISION is 'half': set it to float32, bfloat16"):
+        choose(PRECISION="half")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The loop does what a plain loop written out does, to the bit, and its history tells the truth."""
 
 import dataclasses
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import progress
+import recipes
 import utils
 
 
@@ -68,6 +71,36 @@ def test_a_run_is_repeatable_bit_for_bit(run):
         assert torch.equal(a, b)
     scores = [(e.loss, e.accuracy, e.validation_accuracy) for e in history]
     assert scores == [(e.loss, e.accuracy, e.validation_accuracy) for e in history_again]
+
+
+@pytest.mark.parametrize(
+    "optimizer_of",
+    [lambda m: torch.optim.AdamW(m.parameters(), 0.01, fused=True), lambda m: recipes.Muon(m)],
+    ids=["AdamW", "Muon"],
+)
+def test_float16_leaves_out_the_steps_that_overflow(run, optimizer_of, monkeypatch):
+    def trained(run):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 8, 3, bias=False), *small_model()[1:]
+        model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        optimizer, batches = optimizer_of(model), utils.Batches(toy(), 10, run, shuffle=True)
+        schedule = recipes.linear_decay(optimizer, batches, 3)
+        return utils.train(model, optimizer, batches, batches, 3, run, schedule)
+
+    exact, half = trained(run), dataclasses.replace(run, precision=torch.float16)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**10))
+    assert [e.loss for e in trained(half)] == pytest.approx([e.loss for e in exact], abs=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        half = utils.settings(environ={"PROFILE": "quick", "PRECISION": "float16"})
+        half = dataclasses.replace(half, device=run.device, quiet=True)
+        monkeypatch.undo()
+        monkeypatch.setattr(
+            torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**30)
+        )
+        late = trained(half)
+    assert exact[0].loss < late[0].loss  # some steps went by first
+    assert late[-1].validation_accuracy > 90
 
 
 def test_it_learns_and_the_history_says_so(run):
