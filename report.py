@@ -294,7 +294,9 @@ def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
     lines = [f"{'threshold':<{wide}}{'score %':>9}{'needed %':>10}   {'result':<12}how"]
     for name, score, needed, history in rows:
         done, planned = len(history), history.planned
-        how = f"{done} epochs" if done == planned else f"{done} of {planned} epochs"
+        how = (
+            f"{done} epoch{'s' * (done > 1)}" if done == planned else f"{done} of {planned} epochs"
+        )
         if history.loaded:
             part = f"the first {history.loaded} " if history.loaded < done else ""
             how += f", {part}from a checkpoint"
@@ -334,6 +336,7 @@ def summary(records: Sequence[dict]) -> str:
     ]
     for record in records:
         old, epochs = write_up(record), f"{record['epochs']}"
+        elsewhere = _elsewhere(record["run"])  # whose scores do not compare
         final = np.mean(record.get("finals", [record["final_accuracy"]]))  # over the seeds
         test = np.mean(record.get("tests", [record["official_test_accuracy"]]))
         if record.get("planned_epochs", record["epochs"]) != record["epochs"]:
@@ -342,11 +345,8 @@ def summary(records: Sequence[dict]) -> str:
             f"{record['run']:<17}{record['parameters']:>11,}"
             f"{record['multiply_adds'] / 1e6:>9,.0f} M{epochs:>8}"
             f"{record['train_seconds']:>9.1f}{final:>9.2f}{test:>8.2f}"
-            + (
-                f"{old['final']:>12.2f}{final - old['final']:>+7.2f}"
-                if old
-                else f"{'-':>12}{'-':>7}"
-            )
+            + (f"{old['final']:>12.2f}" if old else f"{'-':>12}")
+            + (f"{final - old['final']:>+7.2f}" if old and not elsewhere else f"{'-':>7}")
         )
     return "\n".join(lines)
 

@@ -199,9 +199,9 @@ def table(rows: Sequence[dict]) -> str:
             f"{row['multiply_adds'] / 1e6:>9,.1f} M{row['seconds']:>9.1f}{row['mean']:>9.2f}"
             f"{row['spread']:>8.2f}" + (f"{'-':>11}" if last is None else f"{last:>11.2f}")
         )
-    row = rows[0]
+    row, plural = rows[0], "s" * (rows[0]["epochs"] > 1)
     lines.append(
-        f"{len(row['seeds'])} seeds each, {row['epochs']} epochs; {row['dataset']} "
+        f"{len(row['seeds'])} seeds each, {row['epochs']} epoch{plural}; {row['dataset']} "
         f"({row['source']}), {row['split']}; {row['device']}"
     )
     return "\n".join(lines)
