@@ -59,7 +59,7 @@ def test_a_notebook_runs_under_torchrun(tmp_path):
     kept = tmp_path / "kept"
     environ = dict(EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg", CHECKPOINT_DIR=str(kept))
     out = start(2, "imageclassification.py", cwd=tmp_path, **environ)
-    assert out.count("MNIST: no threshold missed") == 1
+    assert out.count("MNIST: passed, or no threshold set") == 1
     records = report.load_records(tmp_path / "figures" / "quick")
     runs = ["cifar10", "cifar10-94", "cifar10-96", "mnist", "mnist-best"]
     assert [record["run"] for record in records] == runs
