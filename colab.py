@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent
-NOT_THERE = {"jupyter", "torchmetrics", "hypothesis", "ruff"}  # what Colab brings, and the tests'
+NOT_NEEDED = {"jupyter", "torchmetrics", "hypothesis", "ruff"}  # by the notebooks there
 
 
 def set_up(drive: str | None = None) -> None:
@@ -48,7 +48,7 @@ def missing_packages(requirements: Path = ROOT / "requirements.txt") -> list[str
     for line in requirements.read_text(encoding="utf-8").splitlines():
         requirement = line.partition("#")[0].strip()
         name = re.match(r"[\w.-]*", requirement).group()
-        if name in NOT_THERE:
+        if name in NOT_NEEDED:
             continue
         try:
             importlib.metadata.version(name or "pip")

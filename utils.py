@@ -666,7 +666,7 @@ def train(
         scaler.update()
         _tally(totals, logits, labels, loss)
 
-    if run.graphs and not scaler.is_enabled():
+    if run.graphs:
         step = CapturedStep(step, optimizer)
     batch_size = getattr(batches, "batch_size", None)
     with guarded(history, optimizer, batch_size, checkpoint) as interrupted:
