@@ -271,6 +271,8 @@ def draw_history(record: dict) -> plt.Figure:
         f"Best score {record['best_accuracy']:.2f}% at epoch {record['best_epoch']}, "
         f"final score {record['final_accuracy']:.2f}%."
     )
+    if len(finals := record.get("finals", [])) > 1:
+        caption += f"\nThe last of {len(finals)} seeds; mean final score {np.mean(finals):.2f}%."
     if old:
         caption += (
             f"\nWrite-up{_elsewhere(record['run'])}: {old['minutes']:.0f} min for "
