@@ -91,6 +91,9 @@ def test_a_figure_is_drawn_from_its_record_alone(recorded):
     for fact in ("Run time", "Best score", "at epoch 1", "final score", "MNIST (sample)"):
         assert fact in caption
     assert "Write-up" not in caption  # a sample compares with nothing
+    assert "seeds" not in caption
+    seeds = report.draw_history({**recorded, "finals": [96.0, 97.5]}).axes[0].get_xlabel()
+    assert "The last of 2 seeds; mean final score 96.75%." in seeds
     caption = report.draw_history({**recorded, "source": "full"}).axes[0].get_xlabel()
     assert "Write-up: 32 min for 100 epochs on a T4 GPU.\nBest score 93.76% at epoch 41" in caption
 
