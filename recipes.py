@@ -157,7 +157,7 @@ class Composed(Batches):
 
     `layers` are the (digits, backgrounds) of the scenes, see `utils.load_layers`. A background is
     flipped and moved as `Batches` does, and gets another of the digits, which are never mirrored,
-    in another colour at another place; else a scene is what `utils.compose_scenes` makes.
+    in another colour at another place. The rest is as in `utils.compose_scenes`.
     """
 
     def __init__(self, scenes, batch_size, run, *statistics, layers, **options):
