@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import Batches, UsageError, best_precision, generator
+from settings import best_precision
+from utils import Batches, UsageError, generator
 
 
 class Muon(torch.optim.AdamW):

@@ -21,18 +21,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from files import UsageError, read_image, write_whole
+from settings import ROOT, Settings, dtype_name, rank
 from utils import (
     IGNORE,
     NOT_PUBLISHED,
-    ROOT,
     Batches,
     Dataset,
     Epoch,
     History,
     PixelScores,
-    Settings,
-    dtype_name,
-    rank,
 )
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.

@@ -15,7 +15,7 @@ import matplotlib
 import report
 import trials
 from benchmarks import best, speed
-from utils import ROOT
+from settings import ROOT
 
 PAGES = ("README.md", "RESULTS.md")
 FIGURES, BENCHMARKS = ROOT / "figures", ROOT / "benchmarks"

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import recipes
 import report
+import settings
 import utils
 from checkpoints import Checkpoint
 from files import write_whole
@@ -69,7 +70,7 @@ def compare(
     is kept until the question is answered: one that was cut short goes on, and one that this
     hardware has answered is asked again by `python trials.py` or RESUME=0 alone.
     """
-    full, text = utils.ROOT / "figures", "Not asked of your own data."
+    full, text = settings.ROOT / "figures", "Not asked of your own data."
     own = validation.dataset.source == "own"
     if asked is not None and question not in asked:
         return f"{question}: not asked now."

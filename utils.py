@@ -5,283 +5,39 @@
 
 Images are uint8 until a batch is made; accuracies are percentages; times are seconds. What a run
 leaves behind (record, figure, pictures) is report.py's, the quick profile's data is samples.py's,
-your own is owndata.py's; files.py downloads and checks, checkpoints.py goes on where a run stopped.
+your own is owndata.py's; files.py downloads and checks, checkpoints.py goes on where a run stopped;
+settings.py reads the README's variables and chooses device and precision.
 """
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import math
-import os
-import platform
-import re
-import subprocess
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import files
 from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, require_finite
 from files import UsageError
 from progress import Progress
+from settings import Settings, add_up, commit, dtype_name, hardware_name, rank, world
+from settings import settings as settings  # for the notebooks
 
-ROOT = Path(__file__).resolve().parent
 DIGITS = tuple("0123456789")
 IGNORE = 255  # the label of a pixel that neither the loss nor a score counts
 NOT_PUBLISHED = "not the published files"  # the source of another data set in MNIST's files
 REPORT_EVERY = 25  # iterations between two reports, as in the write-up
-VARIABLES = {  # of the environment: what a value must look like, and the same in words
-    "PROFILE": ("full|short|quick", "full, short or quick"),
-    "EPOCHS": (r"0*[1-9]\d*", "a whole number from 1 up"),
-    "SIZE": ("|".join(str(side) for side in range(8, 1025, 8)), "a multiple of 8 up to 1024"),
-    "THRESHOLD": (r"\d{1,2}(\.\d*)?|100", "a percentage"),
-    "FLIP": ("[01]", "0 or 1"),
-    "RESUME": ("[01]", "0 or 1"),
-    "PRECISION": ("float32|bfloat16|float16", "float32, bfloat16 or float16"),
-}
-
-
-# ------------------------------------------------------------------------------------ settings
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made with; `print` it to see what was chosen."""
-
-    profile: str  # "full" (the write-up's data and epochs), "short" (few epochs), "quick" (samples)
-    data_dir: Path
-    checkpoint_dir: Path
-    epochs_cap: int | None
-    device: torch.device
-    precision: torch.dtype  # of the matrix products; weights and sums stay float32
-    graphs: bool = False  # on CUDA, replay training steps as graphs; not in float16
-    quiet: bool = False  # show no line and no plot of a run
-    pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
-    scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
-    size: int = 32  # the side that your own scenes are brought to
-    pass_mark: float | None = None  # in place of the notebooks' thresholds
-    my_picture: Path | None = None  # an image file for the trained model to label
-    flip: bool = True  # whether training mirrors images
-    resume: bool = True  # whether runs go on from their checkpoints
-
-    def pick(self, full, quick, short=None):
-        """The value that belongs to the profile; the short one's is the full one's by default."""
-        if self.profile == "short" and short is not None:
-            return short
-        return quick if self.profile == "quick" else full
-
-    def epochs(self, full: int, quick: int, short: int | None = None) -> int:
-        """The profile's number of epochs, capped by EPOCHS."""
-        return min(self.pick(full, quick, short), self.epochs_cap or sys.maxsize)
-
-    def budget(self, dataset: Dataset, batch_size: int, *epochs: int) -> list[int]:
-        """[batch size, epochs ..]: as given, but for your own data about 1,000 steps.
-
-        A batch is then a twentieth of the data, 8 or more; epochs are 10 to 200, or EPOCHS.
-        """
-        if dataset.source == "own":
-            batch_size = min(batch_size, max(8, len(dataset) // 20))
-            enough = min(200, max(10, math.ceil(1000 * batch_size / len(dataset))))
-            epochs = [self.epochs_cap or enough] * len(epochs)
-            print(f"{dataset.name}: batches of {batch_size}, {epochs[0]} epochs")
-        return [batch_size, *epochs]
-
-    def threshold(self, default: float) -> float:
-        """The percentage to be graded by: THRESHOLD where it is set; 0, none, for your own data."""
-        default = 0.0 if self.kind == "own" else default
-        return default if self.pass_mark is None else self.pass_mark
-
-    @property
-    def digits(self) -> Settings:
-        """What MNIST is trained with: beside your own pictures the quick profile, for seconds."""
-        return replace(self, profile="quick") if self.pictures else self
-
-    @property
-    def kind(self) -> str:
-        """A folder's name: neither a quick run nor your own data touches what the others made."""
-        return "own" if self.pictures or self.scenes else self.pick("", "quick")
-
-    @property
-    def figures(self) -> Path:
-        """Where pictures and results go."""
-        return ROOT / "figures" / self.kind
-
-    def checkpoint(self, name: str, resume: bool = True) -> Checkpoint:
-        """Where a run keeps its state, for `train`; without `resume` it starts anew."""
-        folder = self.kind or self.pick("", "", "short")
-        return Checkpoint(self.checkpoint_dir / folder / f"{name}.pt", resume)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which forward passes run."""
-        reduced = self.precision != torch.float32
-        return torch.autocast(self.device.type, self.precision, enabled=reduced)
-
-    def __str__(self) -> str:
-        data = self.pick(f"the full data in {_short(self.data_dir)}", "the sample data, no network")
-        autocast = "" if self.precision == torch.float32 else " autocast"
-        graphs = ", steps replayed as CUDA graphs" if self.graphs else ""
-        own = ", ".join(str(folder) for folder in (self.pictures, self.scenes) if folder)
-        data = f"{data}, and your own in {own}" if own else data
-        cap = f", {'for' if own else 'at most'} {self.epochs_cap} epochs" if self.epochs_cap else ""
-        cap += "" if self.flip else ", no image flipped"
-        return (
-            f"profile    {self.profile}: {data}{cap}\n"
-            f"hardware   {hardware_name(self.device)}\n"
-            f"precision  {dtype_name(self.precision)}{autocast}, channels_last{graphs}\n"
-            f"versions   Python {platform.python_version()}, torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}"
-        )
-
-
-def settings(
-    precision: torch.dtype | None = None,
-    graphs: bool = False,
-    environ: Mapping[str, str] = os.environ,
-) -> Settings:
-    """Read the README's variables from the environment; choose device and precision."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if int(environ.get("WORLD_SIZE") or 1) > 1:
-        device = join_processes(device, int(environ["LOCAL_RANK"]))
-    value = {name: environ.get(name) or None for name in VARIABLES}
-    for name, (pattern, meaning) in VARIABLES.items():
-        if value[name] and not re.fullmatch(pattern, value[name], re.ASCII):
-            raise UsageError(f"{name} is {value[name]!r}: set it to {meaning}, or leave it out.")
-    paths = {}
-    for name, what in (("PICTURES", "folder"), ("SCENES", "folder"), ("MY_PICTURE", "file")):
-        paths[name.lower()] = path = Path(environ[name]).expanduser() if environ.get(name) else None
-        if path and not (path.is_file() if what == "file" else path.is_dir()):
-            raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
-    for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
-        paths[name.lower()] = Path(environ.get(name) or ROOT / default).expanduser().resolve()
-    torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    if precision is None and value["PRECISION"]:
-        precision = getattr(torch, value["PRECISION"])
-    precision = precision or best_precision(device)
-    if precision == torch.float16:  # a step that overflows is left out, and it may be the first
-        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
-    able = device.type == "cuda" and world() == 1 and precision != torch.float16
-    return Settings(
-        profile=value["PROFILE"] or ("full" if device.type == "cuda" else "quick"),
-        epochs_cap=int(value["EPOCHS"]) if value["EPOCHS"] else None,
-        device=device,
-        precision=precision,
-        graphs=graphs and able,
-        size=int(value["SIZE"] or 32),
-        pass_mark=float(value["THRESHOLD"]) if value["THRESHOLD"] else None,
-        flip=value["FLIP"] != "0",
-        resume=value["RESUME"] != "0",
-        **paths,
-    )
-
-
-def join_processes(device: torch.device, local_rank: int) -> torch.device:
-    """Join the processes that torchrun started; returns this one's device. Only the first prints.
-
-    In `train` each then takes its share of every batch, and gradients are averaged; batch
-    normalisation averages over the share alone. Folders must be common to all machines.
-    """
-    if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(distributed.destroy_process_group)
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-    if device.type == "cuda":
-        if local_rank >= (gpus := torch.cuda.device_count()):
-            raise UsageError(f"More processes than GPUs here, {gpus}: start one for each.")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    return device
-
-
-def world() -> int:
-    """How many processes train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    """Which of them this is; 0 prints and saves."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def add_up(counts: Tensor) -> None:
-    """Sum what the processes counted, in place."""
-    if world() > 1:
-        distributed.all_reduce(counts)
-
-
-def best_precision(device: torch.device) -> torch.dtype:
-    """The fastest dtype that the hardware multiplies natively.
-
-    bfloat16 from CUDA compute capability 8.0 on (a T4, 7.5, only emulates it) and on CPUs with
-    AMX or AMD's AVX512-BF16 (on an Intel Xeon with that and no AMX, float32 trained faster);
-    float16 on the older tensor cores; float32 elsewhere.
-    """
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 0):
-            return torch.bfloat16
-        return torch.float16 if capability >= (7, 0) else torch.float32
-    checks = ["_is_amx_tile_supported"]
-    if "Intel" not in hardware_name(device):
-        checks.append("_is_avx512_bf16_supported")
-    native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-    return torch.bfloat16 if native else torch.float32
-
-
-def hardware_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and its thread count, and how many there are at work."""
-    times = f"{world()} x " if world() > 1 else ""
-    if device.type == "cuda":
-        return times + torch.cuda.get_device_name(device)
-    return f"{times}{_processor()}, {torch.get_num_threads()} threads"
-
-
-@cache  # Muon asks for the precision at every step
-def _processor() -> str:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
-    return name
-
-
-@cache
-def commit() -> str:
-    """The commit this checkout is at, with -dirty where files beside figures/ differ from it."""
-    options = dict(cwd=ROOT, capture_output=True, text=True)
-    try:
-        command = ["git", "rev-parse", "--short=12", "HEAD"]
-        at = subprocess.run(command, check=True, **options).stdout.strip()
-        command = ["git", "diff", "--quiet", "HEAD", "--", ".", ":(exclude)figures"]
-        return at + ("-dirty" if subprocess.run(command, **options).returncode else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32, say."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _short(path: Path) -> str:
-    """A path as seen from the project, where it lies in it."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 # ---------------------------------------------------------------------------------------- data

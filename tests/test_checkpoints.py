@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import checkpoints
 import report
+import settings
 import utils
 
 pytestmark = pytest.mark.faults
@@ -524,7 +525,7 @@ def test_a_cell_that_is_stopped_in_jupyter_is_no_error(tmp_path, tally):
 
 
 def test_an_interrupted_run_has_its_figure(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
     network = victim.model()
     history, _ = victim.fit(tmp_path, network=network, loss=fails_at(4, 2, interrupt))
     batches = utils.Batches(victim.toy(), 24, run)
@@ -661,8 +662,8 @@ def test_checkpoints_are_where_the_settings_say(tmp_path):
     def path(**environ):
         return utils.settings(environ=environ).checkpoint("mnist").path
 
-    assert path(PROFILE="full") == utils.ROOT / "checkpoints" / "mnist.pt"
-    assert path(PROFILE="quick") == utils.ROOT / "checkpoints" / "quick" / "mnist.pt"
+    assert path(PROFILE="full") == settings.ROOT / "checkpoints" / "mnist.pt"
+    assert path(PROFILE="quick") == settings.ROOT / "checkpoints" / "quick" / "mnist.pt"
     drive = str(tmp_path / "drive")
     assert path(PROFILE="full", CHECKPOINT_DIR=drive) == tmp_path / "drive" / "mnist.pt"
     shutil.rmtree(tmp_path)

@@ -11,6 +11,7 @@ from torch import nn
 
 import recipes
 import report
+import settings
 import trials
 import utils
 
@@ -304,7 +305,7 @@ def test_the_best_models_take_images_of_several_sizes(side, classification, segm
 
 
 def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
     quick = replace(run, quiet=True)
     batches = utils.Batches(pictures, 20, quick, shuffle=True)
 
@@ -359,7 +360,7 @@ def test_trials_that_were_stopped_are_no_record(run, pictures):
 
 
 def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
     full, seen = replace(run, profile="full", quiet=True), []
 
     class Seen(recipes.Resized):

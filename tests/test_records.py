@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import report
+import settings
 import utils
 from conftest import ROOT
 
@@ -18,7 +19,7 @@ precision torch seed commit date history""".split()
 @pytest.fixture
 def recorded(run, tmp_path, monkeypatch, classification):
     """One epoch of a small MNIST model, recorded under a ROOT of its own."""
-    monkeypatch.setattr(utils, "ROOT", tmp_path)  # where figures/ is
+    monkeypatch.setattr(settings, "ROOT", tmp_path)  # where figures/ is
     training, validation = utils.split(utils.load_mnist(run)[0])
     torch.manual_seed(0)
     model = classification.MnistCNN(2)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import settings
 import utils
 
 
@@ -45,7 +46,7 @@ def test_epochs_must_be_a_positive_whole_number(epochs):
 
 def test_data_dir_is_absolute_and_defaults_to_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert choose().data_dir == utils.ROOT / "data"
+    assert choose().data_dir == settings.ROOT / "data"
     assert choose(DATA_DIR="elsewhere").data_dir == tmp_path / "elsewhere"
 
 
@@ -58,9 +59,9 @@ def test_short_and_full_runs_have_checkpoints_of_their_own(tmp_path):
 
 
 def test_quick_runs_write_to_a_folder_of_their_own():
-    assert choose(PROFILE="full").figures == utils.ROOT / "figures"
-    assert choose(PROFILE="short").figures == utils.ROOT / "figures"
-    assert choose(PROFILE="quick").figures == utils.ROOT / "figures" / "quick"
+    assert choose(PROFILE="full").figures == settings.ROOT / "figures"
+    assert choose(PROFILE="short").figures == settings.ROOT / "figures"
+    assert choose(PROFILE="quick").figures == settings.ROOT / "figures" / "quick"
 
 
 def test_the_precision_can_be_overridden_and_is_printed():
@@ -68,7 +69,7 @@ def test_the_precision_can_be_overridden_and_is_printed():
     assert run.precision == torch.float32
     assert "precision  float32, channels_last" in str(run)
     assert choose(PRECISION="bfloat16").precision == torch.bfloat16
-    assert choose().precision == utils.best_precision(choose().device)
+    assert choose().precision == settings.best_precision(choose().device)
     with pytest.raises(utils.UsageError, match="PRECISION is 'half': set it to float32, bfloat16"):
         choose(PRECISION="half")
 
@@ -85,7 +86,7 @@ def test_the_precision_can_be_overridden_and_is_printed():
 )
 def test_the_precision_is_the_gpus_native_one(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert utils.best_precision(torch.device("cuda")) == precision
+    assert settings.best_precision(torch.device("cuda")) == precision
 
 
 @pytest.mark.parametrize(
@@ -98,10 +99,10 @@ def test_the_precision_is_the_gpus_native_one(monkeypatch, capability, precision
     ],
 )
 def test_the_precision_is_the_cpus_fastest(monkeypatch, name, amx, avx512, precision):
-    monkeypatch.setattr(utils, "hardware_name", lambda device: name)
+    monkeypatch.setattr(settings, "hardware_name", lambda device: name)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert utils.best_precision(torch.device("cpu")) == precision
+    assert settings.best_precision(torch.device("cpu")) == precision
 
 
 def test_jupyter_shows_a_usage_error_as_one_line():
