@@ -2,7 +2,9 @@
 
 import collections
 import json
+import shutil
 import struct
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +23,22 @@ import report  # noqa: E402
 import utils  # noqa: E402
 
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def copy_modules(folder, questions=True):
+    """What the notebooks import, beside their copies; without `questions`, which take longest."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    if not questions:
+        with (folder / "trials.py").open("a", encoding="utf-8") as trials:
+            trials.write("\nasked = set()  # none\n")
+
+
+def export(name, folder, questions=True):
+    """A notebook as a script, with what it imports."""
+    command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", folder]
+    subprocess.run([*command, ROOT / f"{name}.ipynb"], check=True, capture_output=True)
+    copy_modules(folder, questions)
 
 
 class Tally(collections.Counter):

@@ -9,7 +9,7 @@ import pytest
 
 import report
 import utils
-from conftest import ROOT
+from conftest import ROOT, export
 
 
 def start(processes, script, *arguments, cwd, **environ):
@@ -52,10 +52,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 def test_a_notebook_runs_under_torchrun(tmp_path):
-    command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", tmp_path]
-    subprocess.run([*command, ROOT / "imageclassification.ipynb"], check=True, capture_output=True)
-    for file in ROOT.glob("*.py"):
-        (tmp_path / file.name).write_text(file.read_text())
+    export("imageclassification", tmp_path)
     kept = tmp_path / "kept"
     environ = dict(EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg", CHECKPOINT_DIR=str(kept))
     out = start(2, "imageclassification.py", cwd=tmp_path, **environ)

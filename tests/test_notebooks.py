@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import report
-from conftest import ROOT
+from conftest import ROOT, copy_modules, export
 
 NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
 RUNS = {
@@ -22,11 +22,8 @@ RUNS = {
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
     """All models at their full width, on tiny files in the full data's formats; no threshold."""
-    command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", tmp_path]
-    subprocess.run([*command, ROOT / name], check=True, capture_output=True)
-    for module in ROOT.glob("*.py"):
-        shutil.copy(module, tmp_path)
     stem = name.removesuffix(".ipynb")
+    export(stem, tmp_path)
     environ = dict(os.environ, PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
     environ |= dict(MPLBACKEND="agg", CHECKPOINT_DIR=str(tmp_path / "kept"), THRESHOLD="0")
 
@@ -68,8 +65,8 @@ def test_cells_are_short_and_need_no_front_end(name):
 
 def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(tmp_path):
     """nbval's verdict as JUnit XML, with thresholds that one epoch can't reach."""
-    for file in [*ROOT.glob("*.py"), ROOT / "imageclassification.ipynb"]:
-        shutil.copy(file, tmp_path)
+    copy_modules(tmp_path, questions=False)
+    shutil.copy(ROOT / "imageclassification.ipynb", tmp_path)
     settings = dict(PROFILE="quick", EPOCHS="1", THRESHOLD="100")
     environ = {**os.environ, **settings, "CHECKPOINT_DIR": str(tmp_path / "kept")}
     options = ["--nbval-lax", "--nbval-current-env", "--junit-xml=grades.xml"]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import types
@@ -20,7 +19,7 @@ import colab
 import owndata
 import report
 import utils
-from conftest import ROOT
+from conftest import ROOT, export
 
 ROADS = (
     "sky building pole road pavement tree sign fence car pedestrian bicyclist unlabelled".split()
@@ -62,12 +61,9 @@ def roads(folder, count=20, size=(48, 36)):
     return folder
 
 
-def run_notebook(name, folder, **environ):
+def run_notebook(name, folder, questions=True, **environ):
     """A notebook as a script, one epoch, no threshold; returns what it printed."""
-    command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", folder]
-    subprocess.run([*command, ROOT / f"{name}.ipynb"], check=True, capture_output=True)
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
+    export(name, folder, questions)
     settings = dict(PROFILE="quick", EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg")
     environ = {**os.environ, **settings, "CHECKPOINT_DIR": str(folder / "kept"), **environ}
     command = [sys.executable, f"{name}.py"]
@@ -179,7 +175,7 @@ def test_a_torchvision_data_set_in_one_line():
 def test_fashion_in_mnists_files_is_told_from_mnist(full_data, tmp_path):
     """Another data set in the four files: the same notebook, other thresholds, no full record."""
     settings = dict(PROFILE="full", DATA_DIR=str(full_data), THRESHOLD="0")
-    run_notebook("imageclassification", tmp_path, **settings)
+    run_notebook("imageclassification", tmp_path, questions=False, **settings)
     records = {r["run"]: r for r in report.load_records(tmp_path / "figures")}
     assert records["mnist"]["source"] == utils.NOT_PUBLISHED
     assert report.write_up(records["mnist"]) is None
