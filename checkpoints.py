@@ -336,8 +336,9 @@ def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | Non
 def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkpoint | None):
     """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
 
-    Ctrl-C ends it without an error, with model and history as they were after the last epoch; what
-    it yields is true from then on. Out of memory and a loss that is not finite become a UsageError.
+    Ctrl-C ends it without an error, with model and history as they were after the last epoch that
+    has a checkpoint (where none has, the weights keep what was begun); what it yields is true from
+    then on. Out of memory and a loss that is not finite become a UsageError.
     """
     problem, pressed, chain = None, [], signal.getsignal(signal.SIGINT)
 
@@ -353,9 +354,10 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
     except KeyboardInterrupt:
         if checkpoint:
             del history[len(checkpoint.load()[0]) :]  # an epoch whose checkpoint was not written
-        way_on = f" Run this again to go on after epoch {len(history)}." if history else ""
-        way_on = way_on if checkpoint else " Its part of the epoch stays in the weights."
-        print(f"Stopped in epoch {len(history) + 1}.{way_on}")
+        way_on = "Its part of the epoch stays in the weights."
+        if checkpoint and history:
+            way_on = f"Run this again to go on after epoch {len(history)}."
+        print(f"Stopped in epoch {len(history) + 1}. {way_on}")
     except FloatingPointError as error:
         good = checkpoint and history and f"; {checkpoint.path} still holds epoch {len(history)}"
         problem = (

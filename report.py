@@ -212,6 +212,8 @@ def _worth(record: dict) -> tuple:
 
 def redraw(folder: Path) -> None:
     """Draw every figure of a folder again from its results.json."""
+    if rank() > 0:
+        return
     for record in load_records(folder):
         draw_history(record).savefig(folder / f"{record['run']}.png", dpi=120)
 
@@ -412,13 +414,6 @@ def show_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
         colour = "white" if value > 50 else "black"
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     plt.show()
-
-
-def confusion_of(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
-    """The confusion matrix, int64 (classes, classes), of labels and guesses of one shape."""
-    counted = labels != IGNORE
-    pairs = labels[counted].long() * classes + guesses[counted].long()
-    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
 def show_class_scores(scores: PixelScores, classes: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torchvision
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from checkpoints import Checkpoint
 from files import UsageError
@@ -151,11 +151,12 @@ def settings(
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
         paths[name.lower()] = Path(environ.get(name) or ROOT / default).expanduser().resolve()
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
     if precision is None and value["PRECISION"]:
         precision = getattr(torch, value["PRECISION"])
     precision = precision or best_precision(device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = precision != torch.float32  # it is float32, then
     if precision == torch.float16:  # a step that overflows is left out, and it may be the first
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
     able = device.type == "cuda" and world() == 1 and precision != torch.float16
@@ -206,6 +207,12 @@ def add_up(counts: Tensor) -> None:
     """Sum what the processes counted, in place."""
     if world() > 1:
         distributed.all_reduce(counts)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's averages of batch normalisation, in place."""
+    for buffer in model.buffers() if world() > 1 else ():
+        distributed.broadcast(buffer, 0)
 
 
 def best_precision(device: torch.device) -> torch.dtype:

@@ -57,7 +57,7 @@ def compare(
     variants: Mapping[str, Variant],
     validation: utils.Batches,
     epochs: int,
-    run: utils.Settings,
+    run: settings.Settings,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> str:
     """Train every variant from every seed and return a table, a line a variant.
@@ -88,7 +88,7 @@ def compare(
             _row(question, name, variant, validation, epochs, run, seeds, started)
             for name, variant in variants.items()
         ]
-        if utils.rank() == 0:
+        if settings.rank() == 0:
             keep(rows, run.figures)
             if started:
                 shutil.rmtree(started, ignore_errors=True)
@@ -103,7 +103,7 @@ def _answered(record, variants, source, epochs, run) -> bool:
     if not record or run.profile != "full" or not run.resume or asked is not None:
         return False
     there = [record[0][fact] for fact in ("epochs", "source", "device")]
-    here = [epochs, source, utils.hardware_name(run.device)]
+    here = [epochs, source, settings.hardware_name(run.device)]
     return there == here and [row["variant"] for row in record] == list(variants)
 
 
@@ -149,7 +149,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         dataset=data.name,
         source=data.source,
         split=f"{len(data)} training, {len(validation.dataset)} validation images",
-        precision=utils.dtype_name(run.precision),
+        precision=settings.dtype_name(run.precision),
         **histories[0].made,
     )
 

@@ -31,7 +31,16 @@ import files
 from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, require_finite
 from files import UsageError
 from progress import Progress
-from settings import Settings, add_up, commit, dtype_name, hardware_name, rank, world
+from settings import (
+    Settings,
+    add_up,
+    commit,
+    dtype_name,
+    hardware_name,
+    rank,
+    share_buffers,
+    world,
+)
 from settings import settings as settings  # for the notebooks
 
 DIGITS = tuple("0123456789")
@@ -370,7 +379,8 @@ class History(list):
         self.append(epoch)
         device = hardware_name(run.device)
         if (before := self.made.get("device")) is not None:
-            device = before if before.endswith(device) else f"{before}, then {device}"
+            last = before.split(", then ")[-1]
+            device = before if last == device else f"{before}, then {device}"
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.made = dict(device=device, torch=str(torch.__version__), commit=commit(), date=now)
 
@@ -446,6 +456,7 @@ def train(
             add_up(totals)
             totals[3] /= world()
             require_finite(epoch, number, totals, model)
+            share_buffers(model)
             score = test(model, validation, run)
             loss_sum, correct, count, _ = totals.tolist()
             scores = loss_sum / count, 100 * correct / count, score
@@ -499,7 +510,7 @@ def _on_device(batches: Iterable, classes: int, run: Settings):
     Batches of anything but `Batches` have their labels looked at; one that has less than an image
     for each process is left out.
     """
-    share = slice(rank(), None, world())
+    share, empty = slice(rank(), None, world()), True
     for images, labels in batches:
         if len(images) < world():
             continue
@@ -509,7 +520,10 @@ def _on_device(batches: Iterable, classes: int, run: Settings):
                 first, count = labels[wrong][0].item(), int(wrong.sum())
                 where = f"out of range 0 to {classes - 1}, {first} for one"
                 raise UsageError(f"{count} labels of a batch are {where}.")
+        empty = False
         yield images[share].to(run.device), labels[share].to(run.device)
+    if empty:
+        raise UsageError(f"No batch has an image for each of {world()} processes.")
 
 
 def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
@@ -525,12 +539,13 @@ def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None
     steps for which that sum was finite, which stops counting at the first that was not."""
     counted = (labels != IGNORE).sum()
     correct = (logits.detach().argmax(1) == labels).sum()  # IGNORE is no class
-    totals[:3].add_(torch.stack([loss.detach().double() * counted, correct, counted]))
+    summed = torch.where(counted > 0, loss.detach().double() * counted, 0.0)  # of none it is NaN
+    totals[:3].add_(torch.stack([summed, correct, counted]))
     totals[3:].add_(totals[:1].isfinite())
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float | Sequence):
-    """One cycle over the whole run: from peak/25 up to `peak` in its first 30%, then down to 0.
+def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float):
+    """One cycle over the whole run: from peak/25 up to `peak` in its first 30%, then to almost 0.
 
     Smith and Topin, Super-Convergence, 2018 (arXiv:1708.07120).
     """
@@ -543,8 +558,9 @@ class CapturedStep:
     """A training step, recorded as a CUDA graph after three ordinary ones and replayed ever after.
 
     One launch takes the place of a hundred, which is what a small batch spends its time on. A batch
-    of another shape, the short last one say, runs as an ordinary step. How long the recording took
-    is printed: it is part of the first epoch's seconds.
+    of another shape than the recorded one runs as an ordinary step: the short last one, and images
+    that have grown since (`recipes.Resized`). How long the recording took is printed: it is part of
+    the first epoch's seconds.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
@@ -634,13 +650,18 @@ class PixelScores:
 @torch.inference_mode()
 def test_pixels(model: nn.Module, batches: Iterable, classes: int, run: Settings) -> PixelScores:
     """Every per-pixel score from one confusion matrix, counted on the device."""
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=run.device)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     for logits, labels in _outputs(model, batches, run):
-        counted = labels != IGNORE
-        pairs = labels[counted] * classes + logits.argmax(1)[counted]
-        confusion += torch.bincount(pairs, minlength=classes * classes)
+        confusion += confusion_matrix(labels, logits.argmax(1), classes)
     add_up(confusion)
-    return pixel_scores(confusion.view(classes, classes).cpu())
+    return pixel_scores(confusion.cpu())
+
+
+def confusion_matrix(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
+    """int64 (classes, classes), rows the truth, of labels and guesses of one shape."""
+    counted = labels != IGNORE
+    pairs = labels[counted].long() * classes + guesses[counted].long()
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
 def pixel_scores(confusion: Tensor) -> PixelScores:
@@ -648,6 +669,8 @@ def pixel_scores(confusion: Tensor) -> PixelScores:
 
     A class is left out of the mean IoU where it is neither a pixel's truth nor its prediction.
     """
+    if not confusion.any():
+        raise UsageError("There is no label to score.")
     hits, truth, guesses = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     iou = 100 * hits / (truth + guesses - hits)  # 0 / 0 is NaN
     accuracy = 100 * hits.sum().item() / confusion.sum().item()

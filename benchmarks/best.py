@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import recipes  # noqa: E402
 import report  # noqa: E402
+import settings  # noqa: E402
 import utils  # noqa: E402
 
 
@@ -44,7 +45,7 @@ def fit(
     batches: utils.Batches,
     test_batches: utils.Batches,
     epochs: int,
-    run: utils.Settings,
+    run: settings.Settings,
     filters: float = 0.1,
     smoothing: float = 0.1,
     mirror: bool = False,
@@ -74,7 +75,7 @@ def fit(
     return row | dict(test_accuracy=views, without_views=utils.test(model, test_batches, run))
 
 
-def mnist_best(run: utils.Settings, seed: int) -> dict:
+def mnist_best(run: settings.Settings, seed: int) -> dict:
     """DigitNet on all 60,000 digits."""
     models = report.notebook_definitions("imageclassification.ipynb")
     training, test = utils.load_mnist(run)
@@ -86,7 +87,7 @@ def mnist_best(run: utils.Settings, seed: int) -> dict:
     return fit(models.DigitNet(), batches, utils.Batches(test, 500, run, facts), epochs, run)
 
 
-def cifar10(aim: str, run: utils.Settings, seed: int) -> dict:
+def cifar10(aim: str, run: settings.Settings, seed: int) -> dict:
     """FastNet on all 50,000 pictures."""
     models = report.notebook_definitions("imageclassification.ipynb")
     training, test = utils.load_cifar10(run)
@@ -105,7 +106,7 @@ def cifar10(aim: str, run: utils.Settings, seed: int) -> dict:
     return row | dict(train_seconds=row["train_seconds"] + whitening)
 
 
-def segmentation_best(run: utils.Settings, seed: int) -> dict:
+def segmentation_best(run: settings.Settings, seed: int) -> dict:
     """SkipNet on all 50,000 scenes."""
     models = report.notebook_definitions("imagesegmentation.ipynb")
     training, test = utils.load_scenes(run)
@@ -118,7 +119,7 @@ def segmentation_best(run: utils.Settings, seed: int) -> dict:
     return fit(models.SkipNet(), batches, test_batches, epochs, run, filters=0.05, smoothing=0.0)
 
 
-RUNS: dict[str, Callable[[utils.Settings, int], dict]] = {
+RUNS: dict[str, Callable[[settings.Settings, int], dict]] = {
     "mnist-best": mnist_best,
     "cifar10-94": partial(cifar10, "94"),
     "cifar10-96": partial(cifar10, "96"),
@@ -152,7 +153,7 @@ def for_cpu(code: str) -> str:
     return code
 
 
-def airbench94(folder: Path, run: utils.Settings, seed: int = 0) -> dict:
+def airbench94(folder: Path, run: settings.Settings, seed: int = 0) -> dict:
     """A run of airbench94_muon.py on the same data, number `seed`, which its draws don't follow.
 
     The seconds are its own, and so is the score.
@@ -229,10 +230,10 @@ def main() -> None:
     print(run, flush=True)
     names, seeds = options.only or list(RUNS), range(options.seeds)
     machine = dict(
-        hardware=utils.hardware_name(run.device),
-        precision=utils.dtype_name(run.precision),
+        hardware=settings.hardware_name(run.device),
+        precision=settings.dtype_name(run.precision),
         torch=torch.__version__,
-        commit=utils.commit(),
+        commit=settings.commit(),
     )
     rows, sides = [], []
     for seed in seeds:

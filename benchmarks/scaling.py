@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import report  # noqa: E402
+import settings  # noqa: E402
 import utils  # noqa: E402
 
 
@@ -36,13 +37,13 @@ def measure(steps: int, width: int) -> None:
     model = model.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     training = utils.load_cifar10(run)[0]
-    batch = 128 * utils.world()
+    batch = 128 * settings.world()
     training = training.subset(torch.arange(steps * batch) % len(training))
     batches = utils.Batches(training, batch, run, shuffle=True, flip=True, shift=4)
-    one = utils.Batches(training.subset(torch.arange(utils.world())), 1, run)
+    one = utils.Batches(training.subset(torch.arange(settings.world())), 1, run)
     with contextlib.redirect_stdout(io.StringIO()):
         history = utils.train(model, optimizer, batches, one, 2, run)
-    if utils.rank() == 0:
+    if settings.rank() == 0:
         print(len(training) / history[-1].seconds)  # the second epoch: the first warms up
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     n = options.processes
     shares = [100 * t / (n * a) for a, t in zip(alone, together, strict=True)]
     result = dict(
-        machine=utils.hardware_name(utils.settings().device),
+        machine=settings.hardware_name(utils.settings().device),
         model=f"CifarResNet({options.width})",
         processes=n,
         alone=statistics.median(alone),

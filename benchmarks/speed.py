@@ -1,10 +1,11 @@
 """The notebooks' training against the write-up's recipe, side by side in one process.
 
 A is the recipe as most people write it: a torchvision data set with ToTensor and Normalize, a
-DataLoader, float32, SGD, `.item()` at every step. B is what the notebooks run: `utils.Batches` and
-`utils.train`. The sides take turns, A B A B, after a warm-up round that is not counted; the table
-shows medians over the rounds, and the lowest and highest ratio of any round. For the time to a
-score, B may be any model of the notebooks, of any width; the table says which.
+DataLoader, float32 (on a GPU that has TF32, convolutions in that: torch's default), SGD, `.item()`
+at every step. B is what the notebooks run: `utils.Batches` and `utils.train`. The sides take turns,
+A B A B, after a warm-up round that is not counted; the table shows medians over the rounds, and the
+lowest and highest ratio of any round. For the time to a score, B may be any model of the notebooks,
+of any width; the table says which.
 
     python benchmarks/speed.py --json benchmarks/speed.json    # the full data, all of it
     python benchmarks/speed.py --quick                         # the samples, under two minutes
@@ -40,6 +41,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import report  # noqa: E402
+import settings  # noqa: E402
 import utils  # noqa: E402
 
 STEPS = {"mnist": 200, "cifar10": 8}  # in a round; the segmentation models take 4
@@ -91,7 +93,7 @@ class Task:
 class Plain:
     """Side A: the write-up's recipe as most people write it."""
 
-    def __init__(self, task: Task, training, validation, run: utils.Settings, seed: int = 0):
+    def __init__(self, task: Task, training, validation, run: settings.Settings, seed: int = 0):
         torch.manual_seed(seed)
         self.device = run.device
         self.model = task.make(task.width).to(run.device)
@@ -133,7 +135,7 @@ class Plain:
 class Ours:
     """Side B: what the notebooks run."""
 
-    def __init__(self, task: Task, training, validation, run: utils.Settings, seed: int = 0):
+    def __init__(self, task: Task, training, validation, run: settings.Settings, seed: int = 0):
         torch.manual_seed(seed)
         self.run, self.peak, facts = run, task.peak, task.training.statistics()
         self.model = task.make(task.width).to(run.device, memory_format=torch.channels_last)
@@ -170,14 +172,14 @@ def drain(batches) -> Callable[[], object]:
     return lambda: collections.deque(batches, maxlen=0)
 
 
-def seconds(work: Callable[[], object], run: utils.Settings) -> float:
+def seconds(work: Callable[[], object], run: settings.Settings) -> float:
     """How long some work takes, the device's part included."""
     started = utils.clock(run)
     work()
     return utils.clock(run) - started
 
 
-def peak_memory(work: Callable[[], object], run: utils.Settings) -> float | None:
+def peak_memory(work: Callable[[], object], run: settings.Settings) -> float | None:
     """Megabytes that some work adds to what is held before it; None where that can't be told."""
     gc.collect()
     if run.device.type == "cuda":
@@ -217,7 +219,7 @@ def compare(task: Task, metric: str, a: list[float], b: list[float], unit: str):
     )
 
 
-def throughput(task: Task, run: utils.Settings, rounds: int) -> list[dict]:
+def throughput(task: Task, run: settings.Settings, rounds: int) -> list[dict]:
     """Training, evaluation and input speed of both sides in turn, and the memory they take."""
     steps = STEPS.get(task.name, 4) * (ON_CUDA if run.device.type == "cuda" else 1)
     count = steps * task.batch_size
@@ -268,7 +270,7 @@ def throughput(task: Task, run: utils.Settings, rounds: int) -> list[dict]:
     return rows
 
 
-def on_cuda(task: Task, times, steps: int, run: utils.Settings) -> list[dict]:
+def on_cuda(task: Task, times, steps: int, run: settings.Settings) -> list[dict]:
     """Step time, TFLOP/s and their share of the card's measured matrix rate in this precision."""
     x = torch.randn(8192, 8192, device=run.device, dtype=run.precision)
     x @ x
@@ -278,7 +280,7 @@ def on_cuda(task: Task, times, steps: int, run: utils.Settings) -> list[dict]:
     speed = [[flops * task.batch_size * steps / t / 1e12 for t in side] for side in times]
     share = [[100 * s / card for s in side] for side in speed]
     step = [[1e6 * t / steps for t in side] for side in times]
-    kind = utils.dtype_name(run.precision)
+    kind = settings.dtype_name(run.precision)
     return [
         compare(task, "step", *step, "us"),
         compare(task, "arithmetic", *speed, "TFLOP/s"),
@@ -287,7 +289,7 @@ def on_cuda(task: Task, times, steps: int, run: utils.Settings) -> list[dict]:
 
 
 def time_to_score(
-    task: Task, goals: dict[float, tuple[Task, int]], run: utils.Settings, budget: float
+    task: Task, goals: dict[float, tuple[Task, int]], run: settings.Settings, budget: float
 ) -> list[dict]:
     """Seconds of training until the 20% split first passes each goal, one run a side and goal.
 
@@ -318,7 +320,7 @@ def time_to_score(
     return rows
 
 
-def tasks(run: utils.Settings, width: int) -> dict[str, Task]:
+def tasks(run: settings.Settings, width: int) -> dict[str, Task]:
     """The six models of the notebooks, with their data."""
     models = report.notebook_definitions("imageclassification.ipynb")
     ladder = report.notebook_definitions("imagesegmentation.ipynb")
@@ -422,8 +424,8 @@ def main() -> None:
     print(brief(rows))
     if options.json:
         machine = dict(
-            hardware=utils.hardware_name(run.device),
-            precision=utils.dtype_name(run.precision),
+            hardware=settings.hardware_name(run.device),
+            precision=settings.dtype_name(run.precision),
             torch=torch.__version__,
             data=sorted({f"{t.training.name} ({t.training.source})" for t in found.values()}),
             date=now,

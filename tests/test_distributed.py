@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import victim
 
 import report
 import utils
@@ -44,11 +45,13 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.3)
     assert two["validation"] == pytest.approx(one["validation"], abs=0.3)
     assert two["device"] == f"2 x {one['device']}"
+    assert two["alike"] and two["recorded"] == two["score"]
     # what two processes saved, one loads
     out = start(1, script, tmp_path / "2", cwd=tmp_path, CHECKPOINT_DIR=str(tmp_path / "2"))
-    assert "Found 2 of 2 epochs" in out
+    assert out.count("Found 2 of 2 epochs") == 2
     again = json.loads((tmp_path / "2" / "result.json").read_text())
     assert again["losses"] == two["losses"] and again["device"] == two["device"]
+    assert again["score"] == two["score"]  # of the averages that were saved
 
 
 def test_a_notebook_runs_under_torchrun(tmp_path):
@@ -63,6 +66,14 @@ def test_a_notebook_runs_under_torchrun(tmp_path):
     assert all(record["device"].startswith("2 x ") for record in records)
     kept = {path.name for path in (kept / "quick").iterdir()}
     assert kept >= {"cifar10.pt", "cifar10-94-0.pt", "mnist.pt", "mnist-best-1.pt"}
+
+
+def test_batches_that_are_too_small_to_share_are_refused(run, monkeypatch):
+    batches = utils.Batches(victim.toy(), 1, run)
+    assert len(list(utils._on_device(batches, 3, run))) == len(batches)
+    monkeypatch.setattr(utils, "world", lambda: 2)
+    with pytest.raises(utils.UsageError, match="No batch has an image for each of 2 processes"):
+        list(utils._on_device(batches, 3, run))
 
 
 def test_one_process_is_a_world_of_its_own():

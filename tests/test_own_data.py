@@ -257,7 +257,7 @@ def test_the_share_of_each_path(classification):
 
 def test_confusion_bars_and_filters(shown):
     labels = torch.tensor([0, 0, 1, 2, 255])
-    confusion = report.confusion_of(labels, torch.tensor([0, 1, 1, 2, 0]), 3)
+    confusion = utils.confusion_matrix(labels, torch.tensor([0, 1, 1, 2, 0]), 3)
     assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     report.show_confusion(confusion, ("a", "b", "c"))
     assert sorted(text.get_text() for text in shown[-1].axes[0].texts) == ["100", "100", "50", "50"]

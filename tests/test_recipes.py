@@ -385,7 +385,7 @@ def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_p
     assert ask(Seen, full) == resumed and len(seen) == 6  # and is not asked again here
     assert ask(Seen, replace(full, resume=False)) == resumed
     assert seen[6:] == [1, 2, 3, 4, 1, 2, 3, 4]
-    monkeypatch.setattr(utils, "hardware_name", lambda device: "a T4")
+    monkeypatch.setattr(settings, "hardware_name", lambda device: "a T4")
     assert ask(Seen, full) == resumed and len(seen) == 22  # other hardware is another answer
 
 

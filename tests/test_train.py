@@ -1,6 +1,7 @@
 """The loop does what a plain loop written out does, to the bit, and its history tells the truth."""
 
 import dataclasses
+import math
 import warnings
 from functools import partial
 
@@ -139,6 +140,26 @@ def test_ignored_pixels_count_for_neither_loss_nor_score(run):
     history = utils.train(model, optimizer, rows[1], rows[1], 1, run)
     assert history[0].loss == pytest.approx(loss, rel=1e-5)
     assert history[0].accuracy == history[0].validation_accuracy == 100 * correct / (64 * 32)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_batch_without_a_label_changes_nothing(run, smoothing):
+    dataset = toy(50)
+    maps = dataset.labels[:, None, None].repeat(1, 8, 8)
+    maps[48:] = utils.IGNORE  # the short last batch
+    dataset = dataclasses.replace(dataset, labels=maps)
+    results = []
+    for part in (dataset, dataset.subset(torch.arange(48))):
+        torch.manual_seed(0)
+        model, batches = nn.Conv2d(1, 3, 1), utils.Batches(part, 24, run)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        loss = partial(F.cross_entropy, label_smoothing=smoothing)
+        history = utils.train(model, optimizer, batches, batches, 2, run, loss_function=loss)
+        results.append([n for e in history for n in (e.loss, e.accuracy, e.validation_accuracy)])
+    assert results[0] == pytest.approx(results[1]) and all(map(math.isfinite, results[0]))
+    empty = utils.Batches(dataset.subset(torch.arange(48, 50)), 24, run)
+    with pytest.raises(utils.UsageError, match="There is no label to score"):
+        utils.test_pixels(model, empty, 3, run)
 
 
 def test_the_report_every_25_iterations(run, monkeypatch):

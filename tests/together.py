@@ -20,7 +20,8 @@ def main(folder: Path) -> None:
     torch.manual_seed(utils.rank())  # the first process's weights must win
     if utils.world() == 1:
         torch.manual_seed(0)
-    model = report.notebook_definitions("imageclassification.ipynb").MnistCNN(4)
+    notebook = report.notebook_definitions("imageclassification.ipynb")
+    model = notebook.MnistCNN(4)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     batches = utils.Batches(training, 64, run, shuffle=True)
     validation = utils.Batches(test, 100, run, training.statistics())
@@ -28,11 +29,31 @@ def main(folder: Path) -> None:
     history = utils.train(
         model, optimizer, batches, validation, 2, run, schedule, checkpoint=run.checkpoint("both")
     )
+    normed = _normed(notebook, run, training, validation)
     if utils.rank() == 0:
         result = dict(losses=[e.loss for e in history], accuracy=[e.accuracy for e in history])
         result["validation"] = [e.validation_accuracy for e in history]
         result["device"] = history.made["device"]
+        result |= normed
         (folder / "result.json").write_text(json.dumps(result))
+
+
+def _normed(notebook, run, training, validation) -> dict:
+    """A model with batch normalisation: its score, and whether all processes ended with one."""
+    torch.manual_seed(0)
+    model = notebook.DigitNet(4)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    batches = utils.Batches(training, 64, run, shuffle=True)
+    checkpoint = run.checkpoint("normed")
+    history = utils.train(model, optimizer, batches, validation, 2, run, checkpoint=checkpoint)
+    averages = sum(buffer.double().sum() for buffer in model.buffers())
+    everyones = averages.clone()
+    utils.add_up(everyones)
+    alike = bool(everyones == utils.world() * averages)
+    scores = dict(
+        recorded=history[-1].validation_accuracy, score=utils.test(model, validation, run)
+    )
+    return dict(scores, alike=alike)
 
 
 if __name__ == "__main__":
