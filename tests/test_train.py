@@ -148,10 +148,10 @@ def test_a_batch_without_a_label_changes_nothing(run, smoothing):
     maps = dataset.labels[:, None, None].repeat(1, 8, 8)
     maps[48:] = utils.IGNORE  # the short last batch
     dataset = dataclasses.replace(dataset, labels=maps)
-    results = []
+    results, statistics = [], dataset.statistics()
     for part in (dataset, dataset.subset(torch.arange(48))):
         torch.manual_seed(0)
-        model, batches = nn.Conv2d(1, 3, 1), utils.Batches(part, 24, run)
+        model, batches = nn.Conv2d(1, 3, 1), utils.Batches(part, 24, run, statistics)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         loss = partial(F.cross_entropy, label_smoothing=smoothing)
         history = utils.train(model, optimizer, batches, batches, 2, run, loss_function=loss)
