@@ -25,16 +25,16 @@ import utils  # noqa: E402
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def copy_modules(folder, questions=True):
-    """What the notebooks import, beside their copies; without `questions`, which take longest."""
+def copy_modules(folder, questions=None):
+    """What the notebooks import, beside their copies; `questions` are all that is asked then."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
-    if not questions:
+    if questions is not None:  # all of them take longest
         with (folder / "trials.py").open("a", encoding="utf-8") as trials:
-            trials.write("\nasked = set()  # none\n")
+            trials.write(f"\nasked = {questions!r}\n")
 
 
-def export(name, folder, questions=True):
+def export(name, folder, questions=None):
     """A notebook as a script, with what it imports."""
     command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", folder]
     subprocess.run([*command, ROOT / f"{name}.ipynb"], check=True, capture_output=True)

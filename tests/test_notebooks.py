@@ -23,7 +23,7 @@ RUNS = {
 def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
     """All models at their full width, on tiny files in the full data's formats; no threshold."""
     stem = name.removesuffix(".ipynb")
-    export(stem, tmp_path)
+    export(stem, tmp_path, questions={"mnist", "segmentation"})
     environ = dict(os.environ, PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
     environ |= dict(MPLBACKEND="agg", CHECKPOINT_DIR=str(tmp_path / "kept"), THRESHOLD="0")
 
@@ -65,7 +65,7 @@ def test_cells_are_short_and_need_no_front_end(name):
 
 def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(tmp_path):
     """nbval's verdict as JUnit XML, with thresholds that one epoch can't reach."""
-    copy_modules(tmp_path, questions=False)
+    copy_modules(tmp_path, questions=set())
     shutil.copy(ROOT / "imageclassification.ipynb", tmp_path)
     settings = dict(PROFILE="quick", EPOCHS="1", THRESHOLD="100")
     environ = {**os.environ, **settings, "CHECKPOINT_DIR": str(tmp_path / "kept")}

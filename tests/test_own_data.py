@@ -61,7 +61,7 @@ def roads(folder, count=20, size=(48, 36)):
     return folder
 
 
-def run_notebook(name, folder, questions=True, **environ):
+def run_notebook(name, folder, questions=None, **environ):
     """A notebook as a script, one epoch, no threshold; returns what it printed."""
     export(name, folder, questions)
     settings = dict(PROFILE="quick", EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg")
@@ -175,7 +175,7 @@ def test_a_torchvision_data_set_in_one_line():
 def test_fashion_in_mnists_files_is_told_from_mnist(full_data, tmp_path):
     """Another data set in the four files: the same notebook, other thresholds, no full record."""
     settings = dict(PROFILE="full", DATA_DIR=str(full_data), THRESHOLD="0")
-    run_notebook("imageclassification", tmp_path, questions=False, **settings)
+    run_notebook("imageclassification", tmp_path, questions=set(), **settings)
     records = {r["run"]: r for r in report.load_records(tmp_path / "figures")}
     assert records["mnist"]["source"] == utils.NOT_PUBLISHED
     assert report.write_up(records["mnist"]) is None
