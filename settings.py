@@ -211,8 +211,9 @@ def add_up(counts: Tensor) -> None:
 
 def share_buffers(model: nn.Module) -> None:
     """Give every process the first one's averages of batch normalisation, in place."""
-    for buffer in model.buffers() if world() > 1 else ():
-        distributed.broadcast(buffer, 0)
+    if world() > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
 
 
 def best_precision(device: torch.device) -> torch.dtype:
