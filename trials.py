@@ -35,6 +35,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "cifar10": "CIFAR-10: where the convolutions are, and the batch",
     "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
     "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
+    "scenes": "Segmentation: the same scenes every epoch, or new ones",
 }
 asked: set[str] | None = None  # those to be answered now; None is all that are not on record
 
