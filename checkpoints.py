@@ -39,6 +39,8 @@ class Checkpoint:
     def __init__(self, path: Path, resume: bool = True):
         self.path, self.resume = path, resume
         self.previous = path.with_name(f"{path.name}.previous")
+        change = "" if resume else "set RESUME to True (False deletes the checkpoint) and "
+        self.again = f"{change}run this again"
         self.way_out = f"start anew with RESUME = False, or delete {path}*"
 
     def start(self, parts: Mapping, facts: Mapping[str, str]) -> tuple[list, dict]:
@@ -94,7 +96,7 @@ class Checkpoint:
             raise UsageError(
                 f"The checkpoint {self.path} of epoch {len(history)} could not be written "
                 f"({reason(error)}): {kept}; see to it, or name another folder in CHECKPOINT_DIR, "
-                "and run this again."
+                f"and {self.again}."
             ) from None
 
     def load(self) -> tuple[list, dict]:
@@ -206,7 +208,8 @@ def facts_of(model: nn.Module, optimizer, schedule, scaler, random, **others) ->
     return {name: re.sub(r" at 0x[0-9a-f]+", "", text) for name, text in facts.items()}
 
 
-_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # change no result
+# what changes no result, and a key that AdamW's groups have from torch 2.7 on
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay")
 
 
 def _describe(value) -> str:
@@ -356,7 +359,7 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
             del history[len(checkpoint.load()[0]) :]  # an epoch whose checkpoint was not written
         way_on = "Its part of the epoch stays in the weights."
         if checkpoint and history:
-            way_on = f"Run this again to go on after epoch {len(history)}."
+            way_on = f"To go on after epoch {len(history)}, {checkpoint.again}."
         print(f"Stopped in epoch {len(history) + 1}. {way_on}")
     except FloatingPointError as error:
         good = checkpoint and history and f"; {checkpoint.path} still holds epoch {len(history)}"

@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class UsageError(Exception):
@@ -109,8 +109,9 @@ ROUNDS, PAUSE = 3, 1.0  # times that every mirror is asked, and seconds before i
 def fetch(name: str, data_dir: Path) -> None:
     """Bring MNIST's or CIFAR-10's archives into data_dir and unpack them there.
 
-    An archive that lies there already is taken if its hash is right. One process fetches at a time;
-    nothing has its final name before it is whole.
+    An archive that lies there already is taken if its hash is right, and replaced if it is damaged;
+    a whole file of another data set is refused. One process fetches at a time; nothing has its
+    final name before it is whole.
     """
     from filelock import FileLock
 
@@ -124,6 +125,7 @@ def fetch(name: str, data_dir: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir()
             for archive, sha256 in ARCHIVES[name].items():
+                _spare(folder / archive, sha256)
                 _download(name, archive, sha256, partial, folder)
                 unpack(folder / archive)
             shutil.rmtree(partial)
@@ -132,6 +134,29 @@ def fetch(name: str, data_dir: Path) -> None:
             f"{name} cannot be written to DATA_DIR {data_dir} ({reason(error)}): see to it, name "
             "another folder, or set PROFILE=quick for the sample data."
         ) from None
+
+
+def _spare(archive: Path, sha256: str) -> None:
+    """Refuse to replace another data set in MNIST's files, packed or unpacked, that is whole."""
+    import pooch
+
+    if archive.suffixes != [".gz"]:
+        return
+    unpacked, theirs = _unpacked(archive), None
+    if archive.exists() and pooch.file_hash(archive) != sha256:
+        with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(archive) as file:
+            while file.read(2**20):  # to the end, where the checksum is
+                pass
+            theirs = archive
+    if unpacked.exists() and pooch.file_hash(unpacked) != MNIST_FILES[unpacked.name]:
+        with contextlib.suppress(UsageError):
+            check_idx(unpacked, int(unpacked.name[-7]))
+            theirs = unpacked
+    if theirs:
+        raise UsageError(
+            f"{theirs} is not MNIST's, and MNIST's would replace it: unpack all four files of that "
+            "data set, or move them away."
+        )
 
 
 def _download(name: str, archive: str, sha256: str, partial: Path, folder: Path) -> None:
@@ -277,9 +302,10 @@ def read_image(
 ) -> np.ndarray:
     """An image file as uint8: (H, W, 3), or (H, W) for mode L, or as it is stored for None.
 
-    With `size`, (width, height), it is resized: smoothly, or for None, whose values may be class
-    indices, to the nearest pixel. A file that Pillow can't read to its end, or a PNG whose
-    checksums are wrong, is refused.
+    A photograph is turned upright as its EXIF tag says, and what is transparent lies over white;
+    None changes no pixel. With `size`, (width, height), it is resized: smoothly, or for None, whose
+    values may be class indices, to the nearest pixel. A file that Pillow can't read to its end, or
+    a PNG whose checksums are wrong, is refused.
     """
     try:
         with Image.open(path) as image:
@@ -288,8 +314,8 @@ def read_image(
             image.load()
             if mode is not None and image.mode[0] in "IF":  # converting would clip at 255
                 raise ValueError(f"its mode {image.mode} is not 8 bits: save it with 8")
-            if mode not in (None, image.mode):
-                image = image.convert(mode)
+            if mode is not None:
+                image = as_seen(image).convert(mode)
             if size is not None and size != image.size:
                 way = Image.Resampling.NEAREST if mode is None else Image.Resampling.BILINEAR
                 image = image.resize(size, way)
@@ -297,6 +323,15 @@ def read_image(
     except Exception as error:  # Pillow's readers raise nearly everything for broken files
         why = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else None
         raise UsageError(f"{path} cannot be read as an image ({why or reason(error)}).") from None
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """An image as viewers show it: upright, as its EXIF tag says, and over white, not black."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def read_images(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import files
@@ -66,6 +66,7 @@ def load_folder(
 
     Without a size they must be of one. `source` tells JPEGs from other files.
     """
+    folder = Path(folder)
     try:
         found = _Folders(folder)
     except OSError as error:  # no folder, no class in it, or nothing in a class
@@ -103,11 +104,12 @@ def load_pairs(
 ) -> Dataset:
     """Images and their label maps from two folders, matched by stem, brought to size x size pixels.
 
-    A mask's pixels are class indices, or a palette's; `ignore` is neither learned nor scored.
+    A mask's pixels are class indices, or a palette's, and not of a JPEG, whose compression changes
+    them; `ignore` is neither learned nor scored.
     """
     paths = []
     for folder in (Path(images), Path(masks)):
-        found = sorted(path for path in folder.glob("*") if path.is_file())
+        found = sorted(path for path in folder.glob("[!.]*") if path.is_file())
         paths.append({path.stem: path for path in found})
         if not found:
             raise UsageError(f"{folder} is empty or not there: it needs an image for each scene.")
@@ -119,6 +121,8 @@ def load_pairs(
         more = f", nor have {len(alone) - 1} more" if len(alone) > 1 else ""
         raise UsageError(f"{counts}: {alone[0]} has no counterpart{more}.")
     pictures, maps = ([part[stem] for stem in sorted(part)] for part in paths)
+    if lossy := [path for path in maps if path.suffix.lower() in (".jpg", ".jpeg")]:
+        raise UsageError(f"{lossy[0]} is a JPEG, which blurs the classes: save masks as PNG.")
     _compare_sizes(pictures, maps)
     both = size and (size, size)
     pixels = files.read_images(pictures, "RGB", both)[0]
@@ -139,7 +143,9 @@ def _compare_sizes(pictures: Sequence[Path], maps: Sequence[Path]) -> None:
     for picture, mask in zip(pictures, maps, strict=True):
         try:
             with Image.open(picture) as one, Image.open(mask) as other:
-                sizes = ["x".join(map(str, image.size)) for image in (one, other)]
+                turned = one.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                shown = one.size[::-1] if turned else one.size  # as read_image turns it
+                sizes = ["x".join(map(str, size)) for size in (shown, other.size)]
         except Exception:  # a file that is no image is named when it is read
             continue
         if sizes[0] != sizes[1]:
@@ -166,7 +172,7 @@ def from_torchvision(
     """What yields (PIL image, class or PIL mask), torchvision.datasets.VOCSegmentation say."""
     images, labels = [], []
     for image, label in dataset:
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        image = files.as_seen(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         images.append(np.array(image))
         if isinstance(label, Image.Image):
             label = np.array(label.resize((size, size), Image.Resampling.NEAREST))

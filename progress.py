@@ -54,6 +54,7 @@ class Progress:
 
     def epoch(self, history: Sequence) -> None:
         """After every epoch: its seconds, loss and accuracies, the time left, and the plot."""
+        self.place = None  # what was copied is of this epoch
         e = history[-1]
         scores = f"training {e.accuracy:.2f}%, validation {e.validation_accuracy:.2f}%"
         line = f"epoch {e.epoch}/{self.epochs}: {e.seconds:.1f} s, loss {e.loss:.4f}, {scores}"

@@ -105,7 +105,8 @@ class Settings:
 
     def checkpoint(self, name: str, resume: bool = True) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
-        folder = self.kind or self.pick("", "", "short")
+        own = self.pictures or self.scenes
+        folder = f"own/{own.resolve().name}" if own else self.kind or self.pick("", "", "short")
         return Checkpoint(self.checkpoint_dir / folder / f"{name}.pt", resume)
 
     def autocast(self) -> torch.autocast:

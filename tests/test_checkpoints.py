@@ -442,10 +442,18 @@ def test_ctrl_c_returns_what_there_is(epoch, step, uninterrupted, tmp_path, tall
     history, _ = victim.fit(tmp_path, network=network, loss=fails_at(epoch, step, interrupt))
     assert len(history) == epoch - 1
     out = capsys.readouterr().out
-    assert f"Stopped in epoch {epoch}. Run this again to go on after epoch {epoch - 1}." in out
+    assert f"Stopped in epoch {epoch}. To go on after epoch {epoch - 1}, run this again." in out
     saved = torch.load(tmp_path / "toy.pt", weights_only=True)["parts"]["model"]
     assert all(torch.equal(saved[k], v) for k, v in network.state_dict().items())
     tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+def test_ctrl_c_with_resume_false_says_what_would_be_lost(run, tmp_path):
+    def of(resume):
+        return dataclasses.replace(run, checkpoint_dir=tmp_path).checkpoint("toy", resume).again
+
+    assert of(True) == "run this again"
+    assert of(False) == "set RESUME to True (False deletes the checkpoint) and run this again"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -480,7 +488,7 @@ def test_ctrl_c_in_validation_and_in_a_save(uninterrupted, tmp_path, tally, monk
             patch.setattr(owner, name, late)
             assert len(victim.fit(folder)[0]) == 2
             out = capsys.readouterr().out  # an epoch whose checkpoint was not written is not done
-            assert "Stopped in epoch 3. Run this again to go on after epoch 2." in out
+            assert "Stopped in epoch 3. To go on after epoch 2, run this again." in out
         tally.add("faults", survived=victim.fit(folder)[1] == uninterrupted)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import files
 import owndata
@@ -217,6 +217,23 @@ def test_a_damaged_archive_is_fetched_again(servers, tmp_path, tally):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(cifar_archive()[:1000])
     files.fetch("CIFAR-10", tmp_path)
     files.fetch("MNIST", tmp_path)
+    tally.add("faults", survived=whole(tmp_path))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_another_data_set_in_mnists_files_is_not_replaced(packed, servers, tmp_path, tally):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    content = bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9])  # a whole idx file of three labels
+    mine = raw / f"train-labels-idx1-ubyte{'.gz' if packed else ''}"
+    mine.write_bytes(gzip.compress(content) if packed else content)
+    before = mine.read_bytes()
+    with pytest.raises(utils.UsageError, match=f"{mine} is not MNIST's"):
+        files.fetch("MNIST", tmp_path)
+    tally.add("faults", survived=mine.read_bytes() == before)
+    mine.write_bytes(before[:-2])  # a damaged one is no loss
+    files.fetch("MNIST", tmp_path)
+    files.fetch("CIFAR-10", tmp_path)
     tally.add("faults", survived=whole(tmp_path))
 
 
@@ -467,6 +484,47 @@ def test_more_than_eight_bits_are_not_cut_off_silently(dtype, mode, tmp_path, ta
 def test_hidden_folders_are_no_class(tmp_path):
     root = folders(tmp_path / "pictures", names=("cat", "dog", ".ipynb_checkpoints"))
     assert owndata.load_folder(root, "mine").classes == ("cat", "dog")
+
+
+def test_a_class_that_cannot_be_read_is_named(tmp_path, capsys):
+    root = folders(tmp_path / "pictures", names=("cat", "dog"))
+    for file in (root / "dog").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(utils.UsageError, match="dog has no image that can be read"):
+        owndata.load_folder(str(root), "mine", skip_unreadable=True)
+
+
+def test_images_are_read_as_viewers_show_them(tmp_path):
+    ink = Image.new("RGBA", (6, 4))  # black, and all of it transparent
+    ink.putpixel((0, 0), (0, 0, 0, 255))
+    ink.save(tmp_path / "ink.png")
+    grey = files.read_image(tmp_path / "ink.png", "L")
+    assert grey[0, 0] == 0 and grey.sum() == 255 * 23
+    wide = Image.new("RGB", (16, 8), "white")
+    wide.paste("black", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise by a quarter
+    wide.save(tmp_path / "wide.jpg", exif=exif)
+    tall = files.read_image(tmp_path / "wide.jpg", "RGB")
+    assert tall.shape == (16, 8, 3) and tall[:6].max() < 50 and tall[10:].min() > 200
+
+
+def test_masks_are_matched_with_upright_images_and_hidden_files_are_left_alone(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 8
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".DS_Store").write_bytes(b"no image")
+    mask = Image.fromarray((np.arange(128) % 2).astype(np.uint8).reshape(16, 8))
+    for name in ("one", "two"):
+        Image.new("RGB", (16, 8)).save(tmp_path / "images" / f"{name}.jpg", exif=exif)
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    pairs = owndata.load_pairs(tmp_path / "images", tmp_path / "masks", "mine")
+    assert pairs.images.shape == (2, 3, 16, 8) and pairs.labels.shape == (2, 16, 8)
+    mask.save(tmp_path / "masks" / "two.jpg")
+    (tmp_path / "masks" / "two.png").unlink()
+    with pytest.raises(utils.UsageError, match="two.jpg is a JPEG, which blurs the classes"):
+        owndata.load_pairs(tmp_path / "images", tmp_path / "masks", "mine")
 
 
 def test_test_folders_of_other_names_are_refused(tmp_path, run, tally):

@@ -86,7 +86,7 @@ def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
     assert records["pictures"]["augmentation"] == "flip False, shift 4"
     assert records["mnist"]["source"] == "sample"  # in the full profile, too
     assert [f.name for f in (tmp_path / "figures").iterdir()] == ["own"]
-    assert (tmp_path / "kept" / "own" / "pictures.pt").exists()
+    assert (tmp_path / "kept" / "own" / "letters" / "pictures.pt").exists()
 
 
 def test_road_scenes_take_the_place_of_digits_on_pictures(tmp_path):

@@ -55,7 +55,7 @@ def test_short_and_full_runs_have_checkpoints_of_their_own(tmp_path):
         run = choose(PROFILE=profile, CHECKPOINT_DIR=str(tmp_path))
         assert run.checkpoint("mnist").path.parent == tmp_path / folder
     own = choose(PROFILE="short", CHECKPOINT_DIR=str(tmp_path), PICTURES=str(tmp_path))
-    assert own.checkpoint("mnist").path.parent == tmp_path / "own"
+    assert own.checkpoint("mnist").path.parent == tmp_path / "own" / tmp_path.name
 
 
 def test_quick_runs_write_to_a_folder_of_their_own():

@@ -181,6 +181,13 @@ def test_a_report_says_where_its_numbers_are_from(run, monkeypatch, capsys):
         "epoch 1/2, step 25/60: loss 0.5000, training 20.00%",
         "epoch 1/2, step 50/60: loss 0.4000, training 45.00%",
     ]
+    shown.quiet = True
+    shown.epoch(utils.History([(1, 9.0, 0.4, 45.0, 50.0, 1.0)]))
+    shown.shown = 0.0
+    shown.step(2, 25, torch.ones(4, dtype=torch.float64))  # nothing of this epoch has arrived yet
+    assert capsys.readouterr().out == "epoch 1/2: 9.0 s, loss 0.4000, training 45.00%, " + (
+        "validation 50.00%, 10 s left\n"
+    )
 
 
 def test_a_script_prints_a_line_per_epoch(run, capsys):
