@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import utils
+from settings import best_precision
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,10 @@ def test_large_batches_score_as_small_ones_do(run, classification, digits):
     assert len(scores) == 1
 
 
+@pytest.mark.skipif(
+    best_precision(torch.device("cpu")) != torch.bfloat16,
+    reason="this CPU emulates bfloat16, which takes minutes",
+)
 def test_bfloat16_costs_at_most_three_tenths_of_a_point(run, classification, digits):
     """Mean over five seeds, on the sample's 1,000 test digits."""
     accuracy = {torch.float32: [], torch.bfloat16: []}
