@@ -110,8 +110,8 @@ def fetch(name: str, data_dir: Path) -> None:
     """Bring MNIST's or CIFAR-10's archives into data_dir and unpack them there.
 
     An archive that lies there already is taken if its hash is right, and replaced if it is damaged;
-    a whole file of another data set is refused. One process fetches at a time; nothing has its
-    final name before it is whole.
+    a whole file by one of MNIST's names that is another data set's is refused. One process fetches
+    at a time; nothing has its final name before it is whole.
     """
     from filelock import FileLock
 

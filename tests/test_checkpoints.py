@@ -448,7 +448,7 @@ def test_ctrl_c_returns_what_there_is(epoch, step, uninterrupted, tmp_path, tall
     tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
 
 
-def test_ctrl_c_with_resume_false_says_what_would_be_lost(run, tmp_path):
+def test_what_is_said_of_running_again_follows_resume(run, tmp_path):
     def of(resume):
         return dataclasses.replace(run, checkpoint_dir=tmp_path).checkpoint("toy", resume).again
 

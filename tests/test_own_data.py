@@ -76,8 +76,8 @@ def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
     folder = handwriting(tmp_path / "letters")
     mine = dict(MY_PICTURE=str(folder / "a" / "1.png"), FLIP="0", RESUME="0")
     full = dict(PROFILE="full", DATA_DIR="/nowhere", THRESHOLD="")
-    mine |= dict(questions={"cifar10"}, PICTURES=str(folder))
-    out = run_notebook("imageclassification", tmp_path, **mine, **full)
+    mine["PICTURES"] = str(folder)
+    out = run_notebook("imageclassification", tmp_path, {"cifar10"}, **mine, **full)
     assert "letters (own): 23 images 3x32x32, labels of 3 classes" in out
     assert "images of each class: a: " in out and "letters: batches of 8, 1 epochs" in out
     printed = [line for line in out.splitlines() if "CIFAR" in line and "epochs of" not in line]
