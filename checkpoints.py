@@ -41,7 +41,7 @@ class Checkpoint:
         self.previous = path.with_name(f"{path.name}.previous")
         change = "" if resume else "set RESUME to True (False deletes the checkpoint) and "
         self.again = f"{change}run this again"
-        self.way_out = f"start anew with RESUME = False, or delete {path}*"
+        self.way_out = f"delete {path}* (RESUME = False would start every run of the notebook anew)"
 
     def start(self, parts: Mapping, facts: Mapping[str, str]) -> tuple[list, dict]:
         """Bring `parts` (model, optimizer, ..) to where the run was: (its history, its makers).
@@ -363,15 +363,14 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
         print(f"Stopped in epoch {len(history) + 1}. {way_on}")
     except FloatingPointError as error:
         good = checkpoint and history and f"; {checkpoint.path} still holds epoch {len(history)}"
-        problem = (
-            f"{error}{good or ''}: lower the learning rate and start anew, with RESUME = False."
-        )
+        anew = checkpoint.way_out if good else "start anew"
+        problem = f"{error}{good or ''}: lower the learning rate and {anew}."
     except (RuntimeError, MemoryError) as error:
         problem = out_of_memory(error, batch_size)
         if problem is None:
             raise
         if checkpoint and history:
-            problem += " That is another run: start it anew with RESUME = False."
+            problem += f" That is another run: {checkpoint.way_out}."
     else:
         return
     finally:

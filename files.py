@@ -224,7 +224,8 @@ def unpack(archive: Path) -> None:
         partial.mkdir(parents=True)
         if archive.name.endswith(".tar.gz"):
             with tarfile.open(archive) as tar:
-                tar.extractall(partial, filter="data")
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
+                tar.extractall(partial)
         else:
             with gzip.open(archive) as source, open(partial / archive.stem, "wb") as target:
                 shutil.copyfileobj(source, target)

@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import recipes
 from files import UsageError, read_image, write_whole
 from settings import ROOT, Settings, dtype_name, rank
 from utils import (
@@ -105,7 +106,7 @@ def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int
 def notebook_definitions(notebook: str, tags: Collection[str] = ("definition",)) -> SimpleNamespace:
     """What the cells of a notebook with one of `tags` define, by name: its models, say."""
     cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
-    namespace = {"torch": torch, "nn": nn}
+    namespace = {"torch": torch, "nn": nn, "recipes": recipes}
     for cell in cells:
         if set(tags) & set(cell["metadata"].get("tags", [])):
             exec("".join(cell["source"]), namespace)

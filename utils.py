@@ -319,12 +319,16 @@ class Batches:
         n, draws = len(self.dataset), generator(self.seed, self.epoch)
         order = torch.randperm(n, generator=draws) if self.shuffle else torch.arange(n)
         moves = torch.randint(2 * self.shift + 1, (2, n), generator=draws) - self.shift
-        flips = torch.randint(2 if self.flip else 1, (n,), generator=draws)
+        flips = self._flips(order, draws)
         order, flips = order.to(self.device), flips.to(self.device, torch.bool)
         (down, across), augment = moves.to(self.device), self.flip or self.shift
         parts = [draw.split(self.batch_size) for draw in (order, down, across, flips)]
         for batch in zip(*parts, strict=True):
             yield self._augmented(*batch) if augment else self._plain(batch[0])
+
+    def _flips(self, order: Tensor, draws: torch.Generator) -> Tensor:
+        """1 or 0 for each image of `order`, int64 (N): whether it is mirrored in this epoch."""
+        return torch.randint(2 if self.flip else 1, order.shape, generator=draws)
 
     def _plain(self, index: Tensor) -> tuple[Tensor, Tensor]:
         pixels, labels = self.pixels.index_select(0, index), self.labels.index_select(0, index)

@@ -428,6 +428,7 @@ def main() -> None:
             precision=settings.dtype_name(run.precision),
             torch=torch.__version__,
             data=sorted({f"{t.training.name} ({t.training.source})" for t in found.values()}),
+            commit=settings.commit(),
             date=now,
         )
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import report
+import utils
 from conftest import ROOT, copy_modules, export
 
 NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
@@ -45,6 +46,8 @@ def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
     records = report.load_records(tmp_path / "figures")
     assert [r["run"] for r in records] == RUNS[stem]
     assert {r["epochs"] for r in records} == {1} and {r["profile"] for r in records} == {"full"}
+    assert records[-1]["source"] == utils.NOT_PUBLISHED  # other digits in MNIST's four files
+    assert report.write_up(records[-1]) is None
     assert all((tmp_path / "figures" / f"{r['run']}.png").exists() for r in records)
     assert not (tmp_path / "figures" / "quick").exists()
 

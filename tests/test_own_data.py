@@ -151,6 +151,19 @@ def test_own_data_has_no_threshold_unless_one_is_set(tmp_path):
     assert utils.settings(environ=mark).threshold(70.0) == 85
 
 
+def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path):
+    pictures, scenes = tmp_path / "letters", tmp_path / "roads"
+    pictures.mkdir(), scenes.mkdir()
+    both = {"PICTURES": str(pictures), "SCENES": str(scenes)}
+    run = utils.settings(environ={"SCENES": str(scenes)}, scenes=False)
+    assert run.threshold(70.0) == 70 and run.figures.name == "quick" and run.scenes is None
+    run = utils.settings(environ=both, scenes=False)
+    assert run.checkpoint("pictures").path.parts[-3:] == ("own", "letters", "pictures.pt")
+    run = utils.settings(environ=both)
+    assert run.checkpoint("segmentation-1").path.parts[-2] == "roads" and run.pictures is None
+    assert utils.settings(environ={"PICTURES": str(pictures)}).pictures == pictures
+
+
 def test_digits_on_own_pictures_are_called_so(run, tmp_path):
     mine = replace(run, profile="full", pictures=handwriting(tmp_path / "letters"))
     training, test = utils.load_scenes(mine)
@@ -171,15 +184,6 @@ def test_a_torchvision_data_set_in_one_line():
     maps = [(image, Image.fromarray(np.eye(40, 50, dtype=np.uint8))) for image, _ in fake]
     scenes = owndata.from_torchvision(maps, "fake", size=32)
     assert scenes.labels.shape == (10, 32, 32) and scenes.classes == ("class 0", "class 1")
-
-
-def test_fashion_in_mnists_files_is_told_from_mnist(full_data, tmp_path):
-    """Another data set in the four files: the same notebook, other thresholds, no full record."""
-    settings = dict(PROFILE="full", DATA_DIR=str(full_data), THRESHOLD="0")
-    run_notebook("imageclassification", tmp_path, questions=set(), **settings)
-    records = {r["run"]: r for r in report.load_records(tmp_path / "figures")}
-    assert records["mnist"]["source"] == utils.NOT_PUBLISHED
-    assert report.write_up(records["mnist"]) is None
 
 
 def test_the_environment_sets_what_the_settings_cell_shows(tmp_path):

@@ -56,6 +56,24 @@ def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classi
             assert torch.equal(p, old[name])
 
 
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+def test_a_convolution_of_small_maps_is_a_convolution(side):
+    torch.manual_seed(0)
+    ours, images = recipes.Conv3x3(5, 7), torch.randn(6, 5, side, side + 1)
+    plain = nn.Conv2d(5, 7, 3, padding=1, bias=False)
+    plain.load_state_dict(ours.state_dict())
+    results = []
+    for layer in (ours, plain):
+        x = images.clone().requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append((y, x.grad, layer.weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    costs = [report.multiply_adds(layer, (5, side, side)) for layer in (ours, plain)]
+    assert costs[0] == costs[1] == 5 * 7 * 9 * side**2
+
+
 def test_muon_goes_on_from_its_state_to_the_same_bits(classification):
     def run(optimizer, model, steps):
         for step in steps:
@@ -233,6 +251,27 @@ def test_resized_batches_are_the_same_images_made_small(run, pictures):
     assert one == 6 * 40 * 16 * 16 * 12 and two == one + 6 * 40 * 32 * 32 * 12
 
 
+def test_flips_alternate(run):
+    """Every image is mirrored in one of two epochs in a row, and not all in the same one."""
+    images = torch.zeros(60, 1, 4, 4, dtype=torch.uint8)
+    images[..., 0] = torch.arange(1, 61, dtype=torch.uint8)[:, None, None]  # on the left
+    marks = utils.Dataset("marks", "sample", images, torch.arange(60) % 2, ("a", "b"))
+    options = dict(shuffle=True, flip=True, sizes=(4,))
+
+    def mirrored(epoch, **more):
+        batches = recipes.Resized(marks, 25, run, ([0.0], [1.0]), **options, **more)
+        batches.set_epoch(epoch)
+        pixels = (255 * torch.cat([images for images, _ in batches])).round()
+        assert sorted(pixels.amax((1, 2, 3)).tolist()) == list(range(1, 61))
+        return set(pixels[pixels[:, 0, 0, 3] > 0].amax((1, 2, 3)).tolist())
+
+    one, two, three = (mirrored(epoch) for epoch in (1, 2, 3))
+    assert one == three and one | two == set(range(1, 61)) and not one & two
+    assert 15 < len(one) < 45 and one != mirrored(1, seed=1)
+    drawn = [mirrored(epoch, alternate=False) for epoch in (1, 2)]
+    assert drawn[0] & drawn[1] and drawn[0] | drawn[1] != set(range(1, 61))
+
+
 def test_warped_batches_without_a_warp_are_plain_ones(run, pictures):
     plain = utils.Batches(pictures, 10, run, shuffle=True)
     still = recipes.Warped(pictures, 10, run, shuffle=True, degrees=0, stretch=0, move=0)
@@ -322,7 +361,7 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
     assert "On record" not in text and text.splitlines()[1].startswith("AdamW")
     rows = trials.load(quick.figures)
     assert [row["variant"] for row in rows] == list(variants)
-    assert {len(row["seeds"]) for row in rows} == {3} and batches.seed == 0
+    assert {len(row["seeds"]) for row in rows} == {2} and batches.seed == 0
     torch.manual_seed(1)
     model, batches.seed = make().to(memory_format=torch.channels_last), 1
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=True)
@@ -345,7 +384,7 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
     assert "On record, of the full data:" in text
     short = replace(quick, profile="short")  # shows the record, and trains nothing
     text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 99, short)
-    assert text.startswith("Not asked again in the short profile") and "3 seeds each, 2 ep" in text
+    assert text.startswith("Not asked again in the short profile") and "2 seeds each, 2 ep" in text
 
 
 def test_trials_that_were_stopped_are_no_record(run, pictures):
@@ -368,10 +407,10 @@ def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_p
             seen.append(epoch)
             super().set_epoch(epoch)
 
-    def ask(kind, run):
+    def ask(kind, run, peak=1e-3):
         batches = kind(pictures, 20, run, shuffle=True, sizes=(32, 32, 32, 32))
         layers = partial(nn.Sequential, nn.Flatten())
-        variants = {"1, all": trials.Variant(lambda: layers(nn.Linear(3072, 10)), batches, 1e-3)}
+        variants = {"1, all": trials.Variant(lambda: layers(nn.Linear(3072, 10)), batches, peak)}
         validation = utils.Batches(pictures, 20, run)
         trials.compare("cut?", variants, validation, 4, run, seeds=[0, 1])
         return [row["mean"] for row in trials.load(tmp_path / "figures")]
@@ -385,8 +424,10 @@ def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_p
     assert ask(Seen, full) == resumed and len(seen) == 6  # and is not asked again here
     assert ask(Seen, replace(full, resume=False)) == resumed
     assert seen[6:] == [1, 2, 3, 4, 1, 2, 3, 4]
+    resumed = ask(Seen, full, peak=2e-3)
+    assert len(seen) == 22  # the same words are another question now
     monkeypatch.setattr(settings, "hardware_name", lambda device: "a T4")
-    assert ask(Seen, full) == resumed and len(seen) == 22  # other hardware is another answer
+    assert ask(Seen, full, peak=2e-3) == resumed and len(seen) == 30  # other hardware, other answer
 
 
 @pytest.mark.parametrize("profile", ["full", "short", "quick"])
