@@ -40,18 +40,21 @@ def load_pictures(folder: Path, size: int | None = None) -> tuple[Dataset, Datas
 def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:
     """Pairs in images/ and masks/, or in both of train/ and test/, as (training, test).
 
-    The names of the classes are the lines of classes.txt, or "class 0" and so on.
+    The names of the classes are the lines of classes.txt, or "class 0" and so on; one called void
+    is neither learned nor scored.
     """
     names = folder / "classes.txt"
     classes = names.read_text(encoding="utf-8").split("\n") if names.exists() else []
     classes = [name.strip() for name in classes if name.strip()] or None
+    void = classes.index("void") if classes and "void" in classes else IGNORE
     parts = [folder / "train", folder / "test"]
+
+    def load(part: Path) -> Dataset:
+        return load_pairs(part / "images", part / "masks", folder.name, classes, size, void)
+
     if not all(part.is_dir() for part in parts):
-        pairs = load_pairs(folder / "images", folder / "masks", folder.name, classes, size)
-        return split(pairs, share=0.2, seed=1)
-    training, test = (
-        load_pairs(part / "images", part / "masks", folder.name, classes, size) for part in parts
-    )
+        return split(load(folder), share=0.2, seed=1)
+    training, test = map(load, parts)
     if training.classes != test.classes:
         raise UsageError(
             f"{folder} needs classes.txt: the masks of its two parts differ in classes."

@@ -139,7 +139,8 @@ def faults() -> str:
     return (
         f"Last result: {counts['kills']:,} processes killed at random and chosen moments and "
         f"resumed,\n{counts['inputs']:,} damaged files given to the readers, {counts['faults']:,} "
-        f"other faults; {counts['lost']} lost\n({counts['machine']}, {counts['date'][:10]})."
+        f"other faults; {counts['lost']} lost\n({counts['machine']}, commit `{counts['commit']}`, "
+        f"{counts['date'][:10]})."
     )
 
 

@@ -64,12 +64,13 @@ def compare(
     """Train every variant from every seed and return a table, a line a variant.
 
     Scores are of the 20% split after the last epoch, mean and sample standard deviation over the
-    seeds, by default three, in the quick profile two; `jitter` is the mean change of the score from one epoch to the next in the second half.
-    For label maps the mean IoU stands beside them. trials.json keeps the rows; the record of the
-    full data, where there is one, is shown below them. Your own data is not asked, and the short
-    profile shows what is on record. In the full profile, which takes long, what is trained already
-    is kept until the question is answered: one that was cut short goes on, and one that this
-    hardware has answered is asked again by `python trials.py` or RESUME=0 alone.
+    seeds, by default three, in the quick profile two; `jitter` is the mean change of the score from
+    one epoch to the next in the second half. For label maps the mean IoU stands beside them.
+    trials.json keeps the rows; the record of the full data, where there is one, is shown below
+    them. Your own data is not asked, and the short profile shows what is on record. In the full
+    profile, which takes long, what is trained already is kept until the question is answered: one
+    that was cut short goes on, and one that this hardware has answered is asked again by `python
+    trials.py` or RESUME=0 alone.
     """
     full, text = settings.ROOT / "figures", "Not asked of your own data."
     seeds = seeds or run.pick(full=(0, 1, 2), quick=(0, 1))

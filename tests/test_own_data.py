@@ -175,6 +175,9 @@ def test_another_ignore_index(tmp_path):
     pairs = folder / "images", folder / "masks"
     dataset = owndata.load_pairs(*pairs, "roads", ROADS[:11], ignore=11)
     assert 11 not in dataset.labels.unique() and (dataset.labels == 255).sum() > 20 * 48
+    (folder / "classes.txt").write_text("\n".join([*ROADS[:11], "void"]))
+    training, _ = owndata.load_scenes(folder, size=24)
+    assert 11 not in training.labels.unique() and training.classes[11] == "void"
 
 
 def test_a_torchvision_data_set_in_one_line():
