@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 
 import matplotlib
 
@@ -123,9 +124,9 @@ def questions() -> str:
     return "\n\n".join(parts)
 
 
-def best_models() -> str:
+def best_models(file: str = "best.json") -> str:
     """The best models on all training images, beside their peer."""
-    return best.table(json.loads((BENCHMARKS / "best.json").read_text(encoding="utf-8")))
+    return best.table(json.loads((BENCHMARKS / file).read_text(encoding="utf-8")))
 
 
 def speed_ups() -> str:
@@ -150,6 +151,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "machines": machines,
     "questions": questions,
     "best": best_models,
+    "best_epyc": partial(best_models, "best_epyc.json"),
     "speed": speed_ups,
     "faults": faults,
 }
