@@ -15,6 +15,9 @@ def pytest_configure(config):
     global _made
     if "CHECKPOINT_DIR" not in os.environ:
         _made = os.environ["CHECKPOINT_DIR"] = tempfile.mkdtemp(prefix="checkpoints-")
+    nbval = config.getoption("nbval", False) or config.getoption("nbval_lax", False)
+    if config.args_source is config.ArgsSource.TESTPATHS and not nbval:
+        config.args = [path for path in config.args if not path.endswith(".ipynb")]
 
 
 def pytest_unconfigure(config):

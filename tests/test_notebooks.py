@@ -111,3 +111,10 @@ def test_what_to_expect_is_what_the_readme_says(name):
     cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells)
     assert f'expected = run.pick("{full}", "{quick}", "{short}")' in source
+
+
+def test_pytest_alone_passes_the_notebooks_by():
+    command = [sys.executable, "-m", "pytest", "-m", "faults", "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_kills.py" in done.stdout, done.stderr
+    assert ".ipynb" not in done.stdout
