@@ -91,9 +91,8 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, padded by one pixel, without a bias: (N, inputs, H, W) to outputs.
 
-    On a CPU maps of up to 3x3 pixels are convolved by one matrix product of all patches (im2col):
-    torch's own takes 2 to 3.6 times as long for 384 channels (two cores of an Intel Xeon with AMX,
-    bfloat16, torch 2.14), a quarter of what a step of `FastNet` took.
+    On a CPU maps of up to 3x3 pixels are convolved by one matrix product of all patches (im2col),
+    for which torch's own convolution is slow: a profile on an Intel Xeon with AMX showed it.
     """
 
     def __init__(self, inputs: int, outputs: int):

@@ -56,10 +56,10 @@ def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classi
             assert torch.equal(p, old[name])
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 4])
-def test_a_convolution_of_small_maps_is_a_convolution(side):
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 2), (3, 2), (3, 3), (4, 4)])
+def test_a_convolution_of_small_maps_is_a_convolution(shape):
     torch.manual_seed(0)
-    ours, images = recipes.Conv3x3(5, 7), torch.randn(6, 5, side, side + 1)
+    ours, images = recipes.Conv3x3(5, 7), torch.randn(6, 5, *shape)
     plain = nn.Conv2d(5, 7, 3, padding=1, bias=False)
     plain.load_state_dict(ours.state_dict())
     results = []
@@ -70,8 +70,8 @@ def test_a_convolution_of_small_maps_is_a_convolution(side):
         results.append((y, x.grad, layer.weight.grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    costs = [report.multiply_adds(layer, (5, side, side)) for layer in (ours, plain)]
-    assert costs[0] == costs[1] == 5 * 7 * 9 * side**2
+    costs = [report.multiply_adds(layer, (5, *shape)) for layer in (ours, plain)]
+    assert costs[0] == costs[1] == 5 * 7 * 9 * shape[0] * shape[1]
 
 
 def test_muon_goes_on_from_its_state_to_the_same_bits(classification):
