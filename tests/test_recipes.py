@@ -34,6 +34,16 @@ def test_orthogonal_keeps_the_directions_and_evens_their_lengths():
         assert torch.nn.functional.cosine_similarity(result, ideal, dim=1).min() > 0.9
 
 
+def test_orthogonal_is_three_steps_of_the_polynomial():
+    matrix = torch.randn(24, 60)
+    x = matrix.double() / matrix.norm()
+    for _ in range(3):  # one after the other, on the whole matrix
+        gram = x @ x.T
+        x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
+    for m, steps in ((matrix, x), (matrix.T, x.T)):
+        assert (recipes.orthogonal(m) - steps).norm() / steps.norm() < 0.02  # bfloat16's rounding
+
+
 def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classification):
     torch.manual_seed(0)
     model = classification.FastNet((8, 8, 8))
