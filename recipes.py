@@ -83,14 +83,21 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     x = matrix.to(torch.bfloat16 if native else torch.float32) / (matrix.norm() + 1e-7)
     if tall := len(x) > x.shape[1]:
         x = x.T
-    gram, product = x @ x.T, None
-    for _ in range(steps):
-        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal().add_(3.4445)  # 3.4445 - 4.775 x x' + 2.0315 x x' x x'
-        product = factor if product is None else factor @ product
+    gram = x @ x.T
+    product = factor = _factor(gram)
+    for _ in range(steps - 1):
         gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
     x = product @ x
     return (x.T if tall else x).to(matrix.dtype)
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """3.4445 - 4.775 x x' + 2.0315 x x' x x', of the gram matrix x x' (M, M)."""
+    factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    factor.diagonal().add_(3.4445)
+    return factor
 
 
 class Conv3x3(nn.Conv2d):
