@@ -24,17 +24,20 @@ def load_pictures(folder: Path, size: int | None = None) -> tuple[Dataset, Datas
 
     Folders train/ and test/ in it are the two; without them, a fifth is held out for testing.
     """
-    parts = [folder / "train", folder / "test"]
+    if all((folder / part).is_dir() for part in ("train", "test")):
+        parts = load_parts(folder, folder.name, size)
+    else:
+        parts = split(load_folder(folder, folder.name, size), share=0.2, seed=1)
+    return tuple(replace(part, source="own") for part in parts)
 
-    def load(part: Path) -> Dataset:
-        return replace(load_folder(part, folder.name, size), source="own")
 
-    if all(part.is_dir() for part in parts):
-        training, test = map(load, parts)
-        if training.classes != test.classes:
-            raise UsageError(f"{parts[0]} and {parts[1]} must have folders of the same names.")
-        return training, test
-    return split(load(folder), share=0.2, seed=1)
+def load_parts(folder: Path, name: str, size: int | None = None) -> tuple[Dataset, Dataset]:
+    """Images in one folder per class, in train/ and the same classes in test/."""
+    training, test = (load_folder(folder / part, name, size) for part in ("train", "test"))
+    if training.classes != test.classes:
+        both = f"{folder / 'train'} and {folder / 'test'}"
+        raise UsageError(f"{both} must have folders of the same names.")
+    return training, test
 
 
 def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:

@@ -103,11 +103,11 @@ class Settings:
         """Where pictures and results go."""
         return ROOT / "figures" / self.kind
 
-    def checkpoint(self, name: str, resume: bool = True) -> Checkpoint:
+    def checkpoint(self, name: str) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
         own = self.pictures or self.scenes
         folder = f"own/{own.resolve().name}" if own else self.kind or self.pick("", "", "short")
-        return Checkpoint(self.checkpoint_dir / folder / f"{name}.pt", resume)
+        return Checkpoint(self.checkpoint_dir / folder / f"{name}.pt", self.resume)
 
     def autocast(self) -> torch.autocast:
         """The context in which forward passes run."""

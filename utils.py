@@ -166,14 +166,11 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
         import samples  # only here: the other profiles need none of its packages
 
         return samples.load_photographs()
-    folders = [run.data_dir / "cifar10" / part for part in ("train", "test")]
-    if all(folder.is_dir() for folder in folders):
+    folder = run.data_dir / "cifar10"
+    if all((folder / part).is_dir() for part in ("train", "test")):
         import owndata
 
-        training, test = (owndata.load_folder(folder, "CIFAR-10") for folder in folders)
-        if training.classes != test.classes:
-            raise UsageError(f"{folders[0]} and {folders[1]} must have folders of the same names.")
-        return training, test
+        return owndata.load_parts(folder, "CIFAR-10")
     if not (run.data_dir / "cifar-10-batches-py").is_dir():
         files.fetch("CIFAR-10", run.data_dir)
     files.check_cifar10(run.data_dir / "cifar-10-batches-py")

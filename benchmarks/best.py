@@ -59,6 +59,8 @@ def fit(
     some = torch.arange(0, len(batches.dataset), len(batches.dataset) // 500)
     seen = utils.Batches(batches.dataset.subset(some), 500, run)
     history = utils.train(model, optimizer, batches, seen, epochs, run, schedule, loss)
+    if len(history) < epochs:
+        raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
     row = dict(
         train_seconds=sum(e.seconds for e in history),
         flops=report.training_flops(model, batches, epochs),
@@ -97,7 +99,7 @@ def cifar10(aim: str, run: settings.Settings, seed: int) -> dict:
     options = dict(shuffle=True, flip=True, shift=2, seed=seed, sizes=sizes)
     batches = recipes.Resized(training, 500, run, facts, **options)
     torch.manual_seed(seed)
-    seen, _ = next(iter(utils.Batches(training, 5000, run, facts)))
+    seen, _ = next(iter(utils.Batches(training, 5000, run, facts, shuffle=True, seed=seed)))
     started = utils.clock(run)
     model = models.FastNet(*shape).to(run.device).init_whitening(seen)
     whitening = utils.clock(run) - started
@@ -167,6 +169,8 @@ def airbench94(folder: Path, run: settings.Settings, seed: int = 0) -> dict:
         Path(place, "cifar10").mkdir()
         Path(place, "run.py").write_text(code, encoding="utf-8")
         for part, data in zip(("train", "test"), utils.load_cifar10(run), strict=True):
+            # folders are read class by class, and it whitens by the first images: so mix them
+            data = data.subset(torch.randperm(len(data), generator=utils.generator(seed)))
             images = data.images.permute(0, 2, 3, 1).contiguous()
             parts = dict(images=images, labels=data.labels, classes=data.classes)
             torch.save(parts, Path(place, "cifar10", f"{part}.pt"))

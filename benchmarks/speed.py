@@ -2,10 +2,11 @@
 
 A is the recipe as most people write it: a torchvision data set with ToTensor and Normalize, a
 DataLoader, float32 (on a GPU that has TF32, convolutions in that: torch's default), SGD, `.item()`
-at every step. B is what the notebooks run: `utils.Batches` and `utils.train`. The sides take turns,
-A B A B, after a warm-up round that is not counted; the table shows medians over the rounds, and the
-lowest and highest ratio of any round. For the time to a score, B may be any model of the notebooks,
-of any width; the table says which.
+at every step. B is what the notebooks run: `utils.Batches` and `utils.train`; but the ladder has
+AdamW here, as it had when this was written, and Muon there. The sides take turns, A B A B, after a
+warm-up round that is not counted; the table shows medians over the rounds, and the lowest and
+highest ratio of any round. For the time to a score, B may be any model of the notebooks, of any
+width; the table says which.
 
     python benchmarks/speed.py --json benchmarks/speed.json    # the full data, all of it
     python benchmarks/speed.py --quick                         # the samples, under two minutes
@@ -308,6 +309,8 @@ def time_to_score(
     for goal, (fast, epochs) in goals.items():
         ours = Ours(fast, task.training, task.validation, run, seed=1)
         history = ours.fit(epochs, ours.validation)
+        if len(history) < epochs:
+            raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
         scores = [e.validation_accuracy for e in history]
         print(f"  {task.name}, B: {', '.join(f'{score:.2f}%' for score in scores)}", flush=True)
         within = next((n for n, score in enumerate(scores, start=1) if score >= goal), None)
@@ -402,6 +405,21 @@ def main() -> None:
     print(run, flush=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     rows, found = [], tasks(run, 16 if options.quick else 64)
+    machine = dict(
+        hardware=settings.hardware_name(run.device),
+        precision=settings.dtype_name(run.precision),
+        torch=torch.__version__,
+        data=sorted({f"{t.training.name} ({t.training.source})" for t in found.values()}),
+        commit=settings.commit(),
+        date=now,
+    )
+    old = {"machine": machine, "rows": []}
+    if options.only and options.json and options.json.exists():
+        old = json.loads(options.json.read_text())
+    if options.only not in (None, *found):
+        raise SystemExit(f"{options.only}? The models are {', '.join(found)}.")
+    if any(old["machine"][fact] != machine[fact] for fact in ("hardware", "precision", "torch")):
+        raise SystemExit(f"{options.json} is of another machine or torch: name another file.")
     for task in found.values():
         if options.only not in (None, task.name):
             continue
@@ -415,22 +433,11 @@ def main() -> None:
         goals = {70.0: (small, 3), 76.83: (small, 6)}
         rows += time_to_score(cifar, goals, run, options.budget)
     rows = [dict(row, date=now) for row in rows]
-    if options.only and options.json:
-        again = {(row["model"], row["metric"]) for row in rows}
-        kept = json.loads(options.json.read_text())["rows"]
-        kept = [row for row in kept if (row["model"], row["metric"]) not in again]
-        rows = [*rows, *kept]
+    again = {(row["model"], row["metric"]) for row in rows}
+    rows += [row for row in old["rows"] if (row["model"], row["metric"]) not in again]
     print(table(rows))
     print(brief(rows))
     if options.json:
-        machine = dict(
-            hardware=settings.hardware_name(run.device),
-            precision=settings.dtype_name(run.precision),
-            torch=torch.__version__,
-            data=sorted({f"{t.training.name} ({t.training.source})" for t in found.values()}),
-            commit=settings.commit(),
-            date=now,
-        )
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 

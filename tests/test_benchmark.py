@@ -111,3 +111,26 @@ def test_the_peers_file_is_changed_for_a_cpu_in_all_that_names_cuda():
     assert not re.search("cuda|half|compile", best.for_cpu(peer).replace("_Clock", ""))
     with pytest.raises(utils.UsageError, match="The peer's file has no"):
         best.for_cpu("import torch\n")
+
+
+PEER = """import torch
+# .cuda() "cuda" .half() model.compile(mode="max-autotune") range(200)]
+# torch.cuda.Event(enable_timing=True) torch.cuda.synchronize()
+@torch.compile
+def classes():
+    return len(torch.load("cifar10/train.pt")["labels"][:200].unique())
+if False:
+    pass
+    main("warmup", model)
+print(f"| 1 | {classes()} |", "| 1 | 0.5 | 0 |", sep="\\n")
+"""
+
+
+def test_the_peer_whitens_by_images_of_all_classes(run, tmp_path):
+    """It takes the first ones that it is given, and a data set may lie class by class."""
+    training, _ = utils.load_cifar10(run)
+    assert len(training.labels[:200].unique()) == 1
+    (tmp_path / "airbench94_muon.py").write_text(PEER, encoding="utf-8")
+    row = best.airbench94(tmp_path, run)
+    assert row["train_seconds"] == 10  # the classes that it saw
+    assert row["test_accuracy"] == 50

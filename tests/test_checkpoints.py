@@ -450,7 +450,8 @@ def test_ctrl_c_returns_what_there_is(epoch, step, uninterrupted, tmp_path, tall
 
 def test_what_is_said_of_running_again_follows_resume(run, tmp_path):
     def of(resume):
-        return dataclasses.replace(run, checkpoint_dir=tmp_path).checkpoint("toy", resume).again
+        here = dataclasses.replace(run, checkpoint_dir=tmp_path, resume=resume)
+        return here.checkpoint("toy").again
 
     assert of(True) == "run this again"
     assert of(False) == "set RESUME to True (False deletes the checkpoint) and run this again"

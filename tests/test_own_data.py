@@ -19,6 +19,7 @@ import colab
 import owndata
 import report
 import utils
+from checkpoints import Checkpoint
 from conftest import ROOT, export
 
 ROADS = (
@@ -338,3 +339,20 @@ def test_a_notebook_alone_says_what_is_missing(name, tmp_path):
     assert "utils.py is not beside this notebook" in alone.stderr
     beside = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert beside.returncode == 0 and not beside.stdout
+
+
+def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch, classification):
+    """The page's lines, with a quick run's model in place of a short one's."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = next(x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "load_state" in x)
+    model = classification.CifarResNet(width=16)
+    checkpoint = Checkpoint(tmp_path / "checkpoints" / "quick" / "cifar10.pt")
+    checkpoint.start({"model": model}, {})
+    checkpoint.save([], {}, torch.zeros(2, 3, 32, 32))
+    Image.new("RGB", (50, 40)).save(tmp_path / "cat.png")
+    shown = []
+    monkeypatch.setattr(report.plt, "show", lambda: shown.append(report.plt.gcf()))
+    monkeypatch.chdir(tmp_path)
+    lines = lines.replace("short", "quick").replace("width=64", "width=16")
+    exec(lines, dict(utils=utils, report=report, torch=torch))
+    assert len(shown[0].axes[1].patches) == 5  # bars

@@ -6,6 +6,7 @@ import random
 import signal
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def noisy_loss(logits, labels, ignore_index):
 
 def fit(folder, epochs=EPOCHS, network=None, loss=noisy_loss, stop_after=None, **changes):
     """Train in `folder`; returns (history, digest of everything that a run ends with)."""
-    run = settings(Path(folder))
+    run = replace(settings(Path(folder)), resume=changes.pop("resume", True))
     np.random.seed(0)
     random.seed(0)
     network = network or model()
@@ -63,7 +64,7 @@ def fit(folder, epochs=EPOCHS, network=None, loss=noisy_loss, stop_after=None, *
     batches = utils.Batches(changes.pop("data", toy()), run=run, **options)
     validation = utils.Batches(toy(90, seed=1), 64, run, toy().statistics())
     schedule = utils.one_cycle(optimizer, batches, epochs, peak)
-    checkpoint = run.checkpoint("toy", changes.pop("resume", True))
+    checkpoint = run.checkpoint("toy")
     if stop_after:
         stop_after_epoch(checkpoint, stop_after)
     history = utils.train(
