@@ -160,9 +160,12 @@ class Ours:
     def fit(self, epochs: int, validation) -> list[utils.Epoch]:
         schedule = utils.one_cycle(self.optimizer, self.batches, epochs, self.peak)
         with contextlib.redirect_stdout(io.StringIO()):
-            return utils.train(
+            history = utils.train(
                 self.model, self.optimizer, self.batches, validation, epochs, self.run, schedule
             )
+        if len(history) < epochs:
+            raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
+        return history
 
     def test(self) -> float:
         return utils.test(self.model, self.validation, self.run)
@@ -309,8 +312,6 @@ def time_to_score(
     for goal, (fast, epochs) in goals.items():
         ours = Ours(fast, task.training, task.validation, run, seed=1)
         history = ours.fit(epochs, ours.validation)
-        if len(history) < epochs:
-            raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
         scores = [e.validation_accuracy for e in history]
         print(f"  {task.name}, B: {', '.join(f'{score:.2f}%' for score in scores)}", flush=True)
         within = next((n for n, score in enumerate(scores, start=1) if score >= goal), None)

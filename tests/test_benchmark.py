@@ -134,3 +134,26 @@ def test_the_peer_whitens_by_images_of_all_classes(run, tmp_path):
     row = best.airbench94(tmp_path, run)
     assert row["train_seconds"] == 10  # the classes that it saw
     assert row["test_accuracy"] == 50
+
+
+def test_a_run_that_was_stopped_leaves_no_row(run, monkeypatch):
+    monkeypatch.setattr(utils, "train", lambda *parts: utils.History())
+    with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 1 epochs"):
+        best.mnist_best(run, seed=0)
+    task = next(small_tasks(run))
+    with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 3 epochs"):
+        speed.time_to_score(task, {50.0: (task, 3)}, run, budget=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"), [("minst", "The models are mnist, "), ("mnist", "is of another machine")]
+)
+def test_rows_of_another_machine_are_not_taken_for_this_ones(model, problem, tmp_path, monkeypatch):
+    there, file = "an abacus", tmp_path / "speed.json"
+    machine = dict(hardware=there, precision="float32", torch=torch.__version__)
+    file.write_text(json.dumps(dict(machine=machine, rows=[])), encoding="utf-8")
+    options = ["--quick", "--only", model, "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options])
+    with pytest.raises(SystemExit, match=problem):
+        speed.main()
+    assert there in file.read_text(encoding="utf-8")
