@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent
-NOT_NEEDED = {"jupyter", "torchmetrics", "hypothesis", "ruff"}  # by the notebooks there
+NOT_NEEDED = {"jupyter", "nbval", "torchmetrics", "hypothesis", "ruff"}  # by the notebooks there
 
 
 def set_up(drive: str | None = None) -> None:
@@ -48,10 +48,10 @@ def missing_packages(requirements: Path = ROOT / "requirements.txt") -> list[str
     for line in requirements.read_text(encoding="utf-8").splitlines():
         requirement = line.partition("#")[0].strip()
         name = re.match(r"[\w.-]*", requirement).group()
-        if name in NOT_NEEDED:
+        if not name or name in NOT_NEEDED:
             continue
         try:
-            importlib.metadata.version(name or "pip")
+            importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             missing.append(requirement)
     return missing

@@ -313,10 +313,8 @@ def read_image(
             image.verify()  # the checksums of a PNG, which decoding it does not read
         with Image.open(path) as image:
             image.load()
-            if mode is not None and image.mode[0] in "IF":  # converting would clip at 255
-                raise ValueError(f"its mode {image.mode} is not 8 bits: save it with 8")
             if mode is not None:
-                image = as_seen(image).convert(mode)
+                image = as_seen(image, mode)
             if size is not None and size != image.size:
                 way = Image.Resampling.NEAREST if mode is None else Image.Resampling.BILINEAR
                 image = image.resize(size, way)
@@ -326,13 +324,18 @@ def read_image(
         raise UsageError(f"{path} cannot be read as an image ({why or reason(error)}).") from None
 
 
-def as_seen(image: Image.Image) -> Image.Image:
-    """An image as viewers show it: upright, as its EXIF tag says, and over white, not black."""
+def as_seen(image: Image.Image, mode: str) -> Image.Image:
+    """An image as viewers show it: upright, as its EXIF tag says, and over white, not black.
+
+    Raises ValueError for one of more than 8 bits.
+    """
+    if image.mode[0] in "IF":  # converting would clip at 255
+        raise ValueError(f"its mode {image.mode} is not 8 bits: save it with 8")
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
+    return image.convert(mode)
 
 
 def read_images(

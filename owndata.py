@@ -47,8 +47,13 @@ def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset
     is neither learned nor scored.
     """
     names = folder / "classes.txt"
-    classes = names.read_text(encoding="utf-8").split("\n") if names.exists() else []
-    classes = [name.strip() for name in classes if name.strip()] or None
+    try:
+        text = names.read_text(encoding="utf-8-sig").strip() if names.exists() else ""
+    except UnicodeDecodeError:
+        raise UsageError(f"{names} is not in UTF-8: save it so.") from None
+    classes = [name.strip() for name in text.split("\n")] if text else None
+    if classes and "" in classes:
+        raise UsageError(f"{names} has an empty line {classes.index('') + 1}: name that class.")
     void = classes.index("void") if classes and "void" in classes else IGNORE
     parts = [folder / "train", folder / "test"]
 
@@ -90,7 +95,10 @@ def load_folder(
 
 
 class _Folders(torchvision.datasets.ImageFolder):
-    """An ImageFolder that passes by hidden folders, .ipynb_checkpoints say."""
+    """An ImageFolder that passes by hidden folders and files, .ipynb_checkpoints say.
+
+    A class is a folder of images, not of folders.
+    """
 
     def find_classes(self, directory):
         names = [path.name for path in Path(directory).iterdir() if path.is_dir()]
@@ -98,6 +106,18 @@ class _Folders(torchvision.datasets.ImageFolder):
         if not names:
             raise FileNotFoundError(f"there is no folder in {directory}")
         return names, {name: number for number, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(directory, *others, **options):
+        found = torchvision.datasets.ImageFolder.make_dataset(directory, *others, **options)
+        found = [(path, label) for path, label in found if not Path(path).name.startswith(".")]
+        deep = [path for path, _ in found if Path(path).parent.parent != Path(directory)]
+        if deep:
+            raise UsageError(
+                f"{deep[0]} lies a folder deeper than {directory}/CLASS/IMAGE: give each class a "
+                "folder of images, in one folder, or in train/ and test/."
+            )
+        return found
 
 
 def load_pairs(
@@ -178,8 +198,11 @@ def from_torchvision(
     """What yields (PIL image, class or PIL mask), torchvision.datasets.VOCSegmentation say."""
     images, labels = [], []
     for image, label in dataset:
-        image = files.as_seen(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        images.append(np.array(image))
+        try:
+            image = files.as_seen(image, "RGB")
+        except ValueError as error:
+            raise UsageError(f"{name}: image {len(images)} can't be used: {error}.") from None
+        images.append(np.array(image.resize((size, size), Image.Resampling.BILINEAR)))
         if isinstance(label, Image.Image):
             label = np.array(label.resize((size, size), Image.Resampling.NEAREST))
         labels.append(label)

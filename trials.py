@@ -28,7 +28,7 @@ import report
 import settings
 import utils
 from checkpoints import Checkpoint
-from files import write_whole
+from files import UsageError, write_whole
 
 QUESTIONS = {  # all that the notebooks ask, in words
     "mnist": "MNIST: batch, width, a ResBlock, the learning rate",
@@ -191,9 +191,15 @@ def keep(rows: Sequence[dict], folder: Path) -> None:
     if there and not report.gives_way(there[0], rows[0]):
         print(f"{folder.name}/ keeps its trials of {there[0]['epochs']} epochs.")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(sorted([*old, *rows], key=lambda row: row["question"]), indent=1)
-    write_whole(folder / "trials.json", f"{text}\n".encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "trials.json", f"{text}\n".encode())
+    except OSError as error:
+        raise UsageError(
+            f"The answers to {rows[0]['question']} cannot be written to {folder} "
+            f"({error.strerror}): see to it and run this cell again."
+        ) from None
 
 
 def load(folder: Path) -> list[dict]:

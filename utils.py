@@ -26,6 +26,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.datasets import mnist
 
 import files
 from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, require_finite
@@ -147,8 +148,13 @@ def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
     if not all((folder / name).exists() for name in files.MNIST_FILES):
         files.fetch("MNIST", run.data_dir)
     source = "full" if files.check_mnist(folder) else NOT_PUBLISHED
-    parts = [torchvision.datasets.MNIST(run.data_dir, train) for train in (True, False)]
-    return tuple(Dataset("MNIST", source, p.data[:, None], p.targets, DIGITS) for p in parts)
+
+    def read(part: str) -> Dataset:  # of the files that were checked
+        images = mnist.read_image_file(folder / f"{part}-images-idx3-ubyte")
+        labels = mnist.read_label_file(folder / f"{part}-labels-idx1-ubyte")
+        return Dataset("MNIST", source, images[:, None], labels, DIGITS)
+
+    return read("train"), read("t10k")
 
 
 def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:

@@ -2,11 +2,13 @@
 
 import collections
 import json
+import multiprocessing
 import shutil
 import struct
 import subprocess
 import sys
 from datetime import UTC, datetime
+from multiprocessing import forkserver
 from pathlib import Path
 
 import matplotlib
@@ -69,6 +71,27 @@ def tally(request):
         text = json.dumps({**counts, **facts}, indent=1)
         (ROOT / "figures").mkdir(exist_ok=True)
         (ROOT / "figures" / "faults.json").write_text(text + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A way to start processes that have torch already, in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["victim"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the server to find it
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # or most are killed while they look for a GPU
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_settings():
+    """The variables that change what a notebook prints are not the caller's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in "EPOCHS SIZE THRESHOLD FLIP RESUME PICTURES SCENES MY_PICTURE".split():
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """Exact resume, refusal of what does not fit, and a plain sentence for whatever stops a run."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
+import tempfile
 import weakref
 import zipfile
 from pathlib import Path
@@ -646,6 +648,16 @@ def test_a_read_only_folder_is_told_before_training(tmp_path, tally):
     folder.mkdir(mode=0o555)
     with pytest.raises(utils.UsageError, match="Permission denied.*CHECKPOINT_DIR"):
         victim.fit(folder)
+    tally.add("faults")
+
+
+def test_a_read_only_disk_is_told_before_training(tmp_path, monkeypatch, tally):
+    def refuse(**options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(utils.UsageError, match="Read-only file system.*CHECKPOINT_DIR"):
+        victim.fit(tmp_path, loss=fails_at(1, 1, lambda loss: pytest.fail("it trained")))
     tally.add("faults")
 
 

@@ -4,14 +4,12 @@ import gzip
 import hashlib
 import http.server
 import io
-import multiprocessing
 import os
 import pickle
 import signal
 import tarfile
 import threading
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -206,9 +204,8 @@ def test_without_a_network(tmp_path, monkeypatch, tally):
 
 
 def test_an_archive_that_was_brought_by_hand_is_used(servers, tmp_path):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(cifar_archive())
-    hashes = {"cifar-10-python.tar.gz": hashlib.sha256(cifar_archive()).hexdigest()}
-    files.ARCHIVES["CIFAR-10"] = hashes
+    name = "cifar-10-python.tar.gz"
+    (tmp_path / name).write_bytes(servers[0].content[name])
     files.fetch("CIFAR-10", tmp_path)
     assert not servers[0].requests and (tmp_path / "cifar-10-batches-py").is_dir()
 
@@ -249,16 +246,6 @@ def fetch_elsewhere(folder, url, hashes):
     """The body of a process that fetches CIFAR-10 from a server of ours."""
     files.ARCHIVES["CIFAR-10"], files.MIRRORS["CIFAR-10"] = hashes, [url]
     files.fetch("CIFAR-10", folder)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["victim"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        forkserver.ensure_running()
-    return context
 
 
 def test_two_processes_fetch_once(processes, servers, tmp_path, tally):
@@ -391,6 +378,15 @@ def test_idx_files_of_two_counts_are_refused(copy, run, tally):
     with pytest.raises(utils.UsageError, match="holds 120 images but .* holds 40 labels"):
         utils.load_mnist(full(run, copy))
     tally.add("faults")
+
+
+def test_what_an_old_torchvision_left_beside_them_is_not_read(copy, run):
+    images, _ = (part.images for part in utils.load_mnist(full(run, copy)))
+    (copy / "MNIST" / "processed").mkdir()
+    for part in ("training", "test"):
+        parts = torch.zeros(9, 28, 28, dtype=torch.uint8), torch.zeros(9, dtype=torch.long)
+        torch.save(parts, copy / "MNIST" / "processed" / f"{part}.pt")
+    assert torch.equal(utils.load_mnist(full(run, copy))[0].images, images)
 
 
 def test_the_published_files_are_told_from_others(copy, run, monkeypatch):

@@ -1,28 +1,13 @@
 """A run that is killed anywhere and started again ends with the same bits as one that is not."""
 
-import multiprocessing
 import random
 import time
-from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 import torch
 import victim
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """A way to start processes that have torch already, in milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["victim"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(victim.__file__).parent))  # for the server to find it
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # or most are killed while they look for a GPU
-        forkserver.ensure_running()
-    return context
 
 
 def run(processes, *arguments):

@@ -181,6 +181,46 @@ def test_another_ignore_index(tmp_path):
     assert 11 not in training.labels.unique() and training.classes[11] == "void"
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("Straße\nsky".encode("cp1252"), "is not in UTF-8"), (b"sky\n\nroad\n", "an empty line 2")],
+)
+def test_names_of_classes_that_cannot_be_read(content, problem, tmp_path):
+    (roads(tmp_path / "roads") / "classes.txt").write_bytes(content)
+    with pytest.raises(utils.UsageError, match=problem):
+        owndata.load_scenes(tmp_path / "roads")
+
+
+def test_scenes_in_train_and_test(tmp_path):
+    for part, count in (("train", 6), ("test", 3)):
+        (roads(tmp_path / part, count) / "classes.txt").rename(tmp_path / "classes.txt")
+    names = tmp_path / "classes.txt"
+    names.write_text(names.read_text(), encoding="utf-8-sig")  # as Windows' editors do
+    training, test = owndata.load_scenes(tmp_path, size=24)
+    assert (len(training), len(test)) == (6, 3)
+    assert training.classes == test.classes == tuple(ROADS)
+
+
+def test_pictures_a_folder_too_deep_are_no_class(tmp_path):
+    for part in ("train", "val"):
+        handwriting(tmp_path / part, count=2)
+    with pytest.raises(utils.UsageError, match="lies a folder deeper than"):
+        owndata.load_pictures(tmp_path, size=32)
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    folder = handwriting(tmp_path / "letters", count=5)
+    (folder / "a" / "._1.jpg").write_bytes(b"what macOS keeps beside a file")
+    training, test = owndata.load_pictures(folder, size=32)
+    assert len(training) + len(test) == 15
+
+
+def test_a_torchvision_image_of_sixteen_bits_is_refused():
+    deep = [(Image.fromarray(np.full((10, 12), 900, dtype=np.uint16)), 0)]
+    with pytest.raises(utils.UsageError, match="image 0 can't be used: its mode I;16 is not 8"):
+        owndata.from_torchvision(deep, "deep")
+
+
 def test_a_torchvision_data_set_in_one_line():
     fake = torchvision.datasets.FakeData(10, (3, 50, 40), num_classes=4)
     dataset = owndata.from_torchvision(fake, "fake", tuple("abcd"), size=32)
@@ -354,5 +394,5 @@ def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch, class
     monkeypatch.setattr(report.plt, "show", lambda: shown.append(report.plt.gcf()))
     monkeypatch.chdir(tmp_path)
     lines = lines.replace("short", "quick").replace("width=64", "width=16")
-    exec(lines, dict(utils=utils, report=report, torch=torch))
+    exec(lines, dict(os=os, utils=utils, report=report, torch=torch))
     assert len(shown[0].axes[1].patches) == 5  # bars

@@ -177,6 +177,22 @@ def test_the_write_ups_epochs_would_take_what_the_readme_says(on_record):
         assert f"| {hours[kind]:.0f} hours for the write-up's models |" in readme
 
 
+HOURS = "no half one one-and-a-half two two-and-a-half three three-and-a-half four".split()
+
+
+def test_the_short_profile_took_what_the_readme_says(on_record):
+    """To the half hour, training and scoring of every seed."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in NOTEBOOKS:
+        hours, segmentation = 0, name == "imagesegmentation.ipynb"
+        for record in on_record.values():
+            if record["run"].startswith("seg") == segmentation:
+                seconds = record["train_seconds"] + record["evaluation_seconds"]
+                hours += len(record.get("seeds", [0])) * seconds / 3600
+        took = HOURS[round(2 * hours)].replace("-", " ")
+        assert re.search(rf"all of `{name}` \| \w+ minutes \| {took} hours \|", readme), took
+
+
 def test_trials_have_several_seeds():
     rows = trials.load(ROOT / "figures")
     assert {row["question"] for row in rows} == set(trials.QUESTIONS)
