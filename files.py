@@ -224,8 +224,7 @@ def unpack(archive: Path) -> None:
         partial.mkdir(parents=True)
         if archive.name.endswith(".tar.gz"):
             with tarfile.open(archive) as tar:
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 on
-                tar.extractall(partial)
+                tar.extractall(partial, filter="data")
         else:
             with gzip.open(archive) as source, open(partial / archive.stem, "wb") as target:
                 shutil.copyfileobj(source, target)
