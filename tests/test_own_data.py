@@ -345,7 +345,8 @@ def test_colab_installs_what_is_missing_and_keeps_its_torch(tmp_path, monkeypatc
     package.drive = drive
     monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", package)
-    monkeypatch.setattr(colab.subprocess, "run", lambda command, check: commands.append(command))
+    pip = types.SimpleNamespace(run=lambda command, check: commands.append(command))
+    monkeypatch.setattr(colab, "subprocess", pip)
     monkeypatch.setattr(colab, "missing_packages", lambda: ["nbval>=0.11"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("DATA_DIR", "CHECKPOINT_DIR"):
