@@ -65,9 +65,9 @@ def test_bfloat16_reaches_the_same_loss(run, classification, digits):
 
 def test_large_batches_score_as_small_ones_do(run, classification, digits):
     torch.manual_seed(0)
-    model = classification.MnistCNN(4)
-    batches = utils.Batches(digits[0], 50, run)
-    utils.train(model, torch.optim.AdamW(model.parameters(), 3e-3), batches, batches, 1, run)
+    model = classification.MnistCNN(8)
+    batches = utils.Batches(digits[0], 16, run, shuffle=True)
+    utils.train(model, torch.optim.AdamW(model.parameters(), 1e-3), batches, batches, 1, run)
     scores = {
         utils.test(model, utils.Batches(digits[1], size, run), run) for size in (16, 128, 1000)
     }
