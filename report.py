@@ -350,6 +350,8 @@ def summary(records: Sequence[dict]) -> str:
             + (f"{old['final']:>12.2f}" if old else f"{'-':>12}")
             + (f"{final - old['final']:>+7.2f}" if old and not elsewhere else f"{'-':>7}")
         )
+    if "majority" in records[-1]:
+        lines.append(floors(records[-1]))
     return "\n".join(lines)
 
 
@@ -415,6 +417,48 @@ def show_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
         colour = "white" if value > 50 else "black"
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     plt.show()
+
+
+def pixel_facts(scores: PixelScores, classes: Sequence[str]) -> dict:
+    """Facts for the record of a model of pixels: its mean IoU, and scores that take no skill.
+
+    `majority` is the score of calling every pixel by the commonest class, in percent. Where some
+    classes are digits, they and the backgrounds have each their share of all pixels, their accuracy
+    and their mean IoU: the backgrounds' share is the score of naming them all and finding no digit.
+    """
+    pixels, hits = scores.confusion.sum(1), scores.confusion.diag()
+    facts = dict(mean_iou=scores.mean_iou, majority=100 * (pixels.max() / pixels.sum()).item())
+    digits = torch.tensor([name.startswith("digit ") for name in classes])
+    kinds = dict(digits=digits, backgrounds=~digits) if 0 < digits.sum() < len(digits) else {}
+    for kind, chosen in kinds.items():
+        facts[kind] = dict(
+            share=100 * (pixels[chosen].sum() / pixels.sum()).item(),
+            accuracy=100 * (hits[chosen].sum() / pixels[chosen].sum()).item(),
+            mean_iou=scores.class_iou[chosen].nanmean().item(),
+        )
+    return facts
+
+
+def describe_pixels(record: dict) -> str:
+    """The test scores of a record that has `pixel_facts`, beside those that take no skill."""
+    lines = [f"test: {record['official_test_accuracy']:.2f}% of pixels, "]
+    lines[0] += f"mean IoU {record['mean_iou']:.2f}%"
+    for kind in ("digits", "backgrounds"):
+        if of := record.get(kind):
+            lines.append(
+                f"{kind}, {of['share']:.1f}% of all: {of['accuracy']:.2f}% right, "
+                f"mean IoU {of['mean_iou']:.2f}%"
+            )
+    return "\n".join([*lines, floors(record)])
+
+
+def floors(record: dict) -> str:
+    """What a model of pixels scores without skill, see `pixel_facts`."""
+    text = f"without skill: {record['majority']:.1f}%, the commonest class everywhere"
+    if "backgrounds" in record:
+        share = record["backgrounds"]["share"]
+        text += f"; {share:.1f}%, every background right and no digit found"
+    return text
 
 
 def show_class_scores(scores: PixelScores, classes: Sequence[str]) -> None:

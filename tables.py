@@ -20,6 +20,7 @@ from settings import ROOT
 
 PAGES = ("README.md", "RESULTS.md")
 FIGURES, BENCHMARKS = ROOT / "figures", ROOT / "benchmarks"
+KINDS = ("digits", "backgrounds")
 WHAT = {  # each run's model, in words
     "mnist": "four convolutions",
     "cifar10": "four convolutions with ResBlocks between",
@@ -103,6 +104,21 @@ def results() -> str:
     return grid(f"{head} | an epoch | parameters | PFLOP", rows)
 
 
+def pixels() -> str:
+    """The test scores of the models of pixels, digits and backgrounds apart, and their floors."""
+    found = [r for r in records().values() if "majority" in r]
+    if not found:
+        return "not measured"
+    rows = [["the commonest class everywhere", f"{found[0]['majority']:.2f}%", *"---"]]
+    share = found[0]["backgrounds"]["share"]
+    rows += [["every background right, no digit found", f"{share:.2f}%", "-", "0%, 0%", "-"]]
+    for r in found:
+        kinds = [f"{r[k]['accuracy']:.2f}%, {r[k]['mean_iou']:.2f}%" for k in KINDS]
+        score = f"{r['official_test_accuracy']:.2f}%"
+        rows += [[f"`{r['run']}`", score, f"{r['mean_iou']:.2f}%", *kinds]]
+    return grid("model | pixels | mean IoU | digits, mean IoU | backgrounds, mean IoU", rows)
+
+
 def machines() -> str:
     """What the records were made on, a line for each machine, version and commit."""
     made = {}
@@ -148,6 +164,7 @@ def faults() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "runs": runs,
     "results": results,
+    "pixels": pixels,
     "machines": machines,
     "questions": questions,
     "best": best_models,

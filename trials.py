@@ -36,6 +36,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
     "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
     "scenes": "Segmentation: the same scenes every epoch, or new ones",
+    "strokes": "Segmentation: what the loss does for thin strokes",
 }
 asked: set[str] | None = None  # those to be answered now; None is all that are not on record
 
@@ -51,6 +52,7 @@ class Variant:
     muon: bool = False  # Muon with falling rates, in place of AdamW
     smoothing: float = 0.0  # of the labels
     views: bool = False  # score the mean of several views of each image
+    loss: Callable = F.cross_entropy  # or a function of (scores, labels, ignore_index)
 
 
 def compare(
@@ -122,15 +124,18 @@ def _plan(variant: Variant) -> dict:
         learning_rate=variant.peak,
         parameters=report.parameters(variant.make()),
         recipe=f"cycle {variant.cycle}, Muon {variant.muon}, smoothing {variant.smoothing}, "
-        f"views {variant.views}, {variant.batches.augmentation}",
+        f"views {variant.views}, {variant.batches.augmentation}"
+        + ("" if variant.loss is F.cross_entropy else f", {variant.loss.__name__}"),
     )
 
 
 def _row(question, name, variant, validation, epochs, run, seeds, started) -> dict:
     """All there is to know about a variant's runs; `started` is the folder of their checkpoints."""
-    histories, scores, ious, data = [], [], [], variant.batches.dataset
+    histories, scores, pixels, data = [], [], [], variant.batches.dataset
     quiet, batches = replace(run, quiet=True), copy.copy(variant.batches)
-    loss = partial(F.cross_entropy, label_smoothing=variant.smoothing)
+    loss = variant.loss
+    if variant.smoothing:
+        loss = partial(loss, label_smoothing=variant.smoothing)
     for seed in seeds:
         torch.manual_seed(seed)
         batches.seed = seed
@@ -148,9 +153,12 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         if variant.views:
             scores[-1] = utils.test(recipes.Views(model, batches.flip), validation, run)
         if data.labels.ndim == 3:
-            ious.append(utils.test_pixels(model, validation, len(data.classes), run).mean_iou)
+            of_pixels = utils.test_pixels(model, validation, len(data.classes), run)
+            pixels.append(report.pixel_facts(of_pixels, data.classes))
     curves = np.array([[e.validation_accuracy for e in history] for history in histories])
     changes = np.abs(np.diff(curves[:, max(0, epochs // 2 - 1) :]))
+    ious = [one["mean_iou"] for one in pixels]
+    kinds = [kind for kind in ("digits", "backgrounds") if pixels and kind in pixels[0]]
     return dict(
         question=question,
         variant=name,
@@ -160,6 +168,8 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         spread=np.std(scores, ddof=1),
         jitter=changes.mean() if changes.size else None,
         mean_iou=np.mean(ious) if ious else None,
+        iou_spread=np.std(ious, ddof=1) if ious else None,
+        **{f"{kind}_iou": np.mean([one[kind]["mean_iou"] for one in pixels]) for kind in kinds},
         seconds=np.mean([sum(e.seconds for e in history) for history in histories]),
         multiply_adds=report.multiply_adds(model, data.images.shape[1:]),
         **_plan(variant),
@@ -210,11 +220,13 @@ def load(folder: Path) -> list[dict]:
 def table(rows: Sequence[dict]) -> str:
     """Rows as a table, and what they were made on."""
     wide = max(len(row["variant"]) for row in rows) + 2
-    pixels = rows[0]["mean_iou"] is not None
+    pixels, apart = rows[0]["mean_iou"] is not None, "digits_iou" in rows[0]
     lines = [
         f"{'':<{wide}}{'parameters':>11}{'mult-adds':>11}{'seconds':>9}{'score %':>9}"
         f"{'spread':>8}{'mean IoU %' if pixels else 'jitter':>11}"
     ]
+    if apart:  # the mean IoU's spread, and its two halves
+        lines[0] += f"{'spread':>8}{'digits':>8}{'others':>8}"
     for row in rows:
         jitter = row["jitter"] if row["epochs"] >= 4 else None  # fewer are all progress
         last = row["mean_iou"] if pixels else jitter
@@ -223,6 +235,9 @@ def table(rows: Sequence[dict]) -> str:
             f"{row['multiply_adds'] / 1e6:>9,.1f} M{row['seconds']:>9.1f}{row['mean']:>9.2f}"
             f"{row['spread']:>8.2f}" + (f"{'-':>11}" if last is None else f"{last:>11.2f}")
         )
+        if apart:
+            halves = row["iou_spread"], row["digits_iou"], row["backgrounds_iou"]
+            lines[-1] += "".join(f"{value:>8.2f}" for value in halves)
     row, plural = rows[0], "s" * (rows[0]["epochs"] > 1)
     lines.append(
         f"{len(row['seeds'])} seeds each, {row['epochs']} epoch{plural}; {row['dataset']} "
