@@ -40,6 +40,9 @@ import settings  # noqa: E402
 import utils  # noqa: E402
 
 
+SMOOTHED = partial(F.cross_entropy, label_smoothing=0.1)
+
+
 def fit(
     model: torch.nn.Module,
     batches: utils.Batches,
@@ -47,14 +50,13 @@ def fit(
     epochs: int,
     run: settings.Settings,
     filters: float = 0.1,
-    smoothing: float = 0.1,
+    loss: Callable = SMOOTHED,
     mirror: bool = False,
 ) -> dict:
     """Train on `batches` as the notebooks do; returns what it took and how it scores."""
     model = model.to(run.device, memory_format=torch.channels_last)
     optimizer = recipes.Muon(model, filters)
     schedule = recipes.linear_decay(optimizer, batches, epochs)
-    loss = partial(F.cross_entropy, label_smoothing=smoothing)
     # the loop asks for a score after each epoch: here it is of images that were trained on
     some = torch.arange(0, len(batches.dataset), len(batches.dataset) // 500)
     seen = utils.Batches(batches.dataset.subset(some), 500, run)
@@ -118,7 +120,7 @@ def segmentation_best(run: settings.Settings, seed: int) -> dict:
     torch.manual_seed(seed)
     epochs = run.epochs(full=models.SKIP_EPOCHS, quick=1)
     test_batches = utils.Batches(test, 500, run, facts)
-    return fit(models.SkipNet(), batches, test_batches, epochs, run, filters=0.05, smoothing=0.0)
+    return fit(models.SkipNet(), batches, test_batches, epochs, run, 0.05, recipes.with_dice)
 
 
 RUNS: dict[str, Callable[[settings.Settings, int], dict]] = {

@@ -397,6 +397,37 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
     assert text.startswith("Not asked again in the short profile") and "2 seeds each, 2 ep" in text
 
 
+def test_the_dice_loss_is_of_overlaps_and_leaves_out_what_is_ignored():
+    labels = torch.tensor([[[0, 0, 1, utils.IGNORE]]])
+    scores = torch.zeros(1, 3, 1, 4)  # each of three classes has a third of every pixel
+    plain = nn.functional.cross_entropy(scores, labels, ignore_index=utils.IGNORE)
+    loss = recipes.with_dice(scores, labels, utils.IGNORE)
+    overlaps = (2 * (2 / 3) / 3 + 2 * (1 / 3) / 2 + 0) / 3  # the third class is nowhere
+    assert (loss - plain).item() == pytest.approx(1 - overlaps, rel=1e-6)
+    sure = 40.0 * nn.functional.one_hot(labels[..., :3], 3).permute(0, 3, 1, 2)
+    perfect = recipes.with_dice(sure, labels[..., :3], utils.IGNORE)
+    assert perfect.item() == pytest.approx(1 / 3, rel=1e-6)  # that class again
+    scores[..., 3] = torch.tensor([9.0, -9.0, 0.0])[:, None]  # of the ignored pixel: no matter
+    assert recipes.with_dice(scores, labels, utils.IGNORE) == loss
+
+
+def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    quick = replace(run, quiet=True)
+    batches, asked = utils.Batches(pictures, 20, quick, shuffle=True), []
+
+    def upside_down(scores, labels, ignore_index):
+        asked.append(ignore_index)
+        return -nn.functional.cross_entropy(scores, labels, ignore_index=ignore_index)
+
+    plain = trials.Variant(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), batches, 1e-2)
+    variants = {"plain": plain, "worse": replace(plain, loss=upside_down)}
+    trials.compare("loss?", variants, batches, 4, quick, seeds=(0, 1))
+    plain, worse = trials.load(quick.figures)
+    assert worse["mean"] < plain["mean"] and set(asked) == {utils.IGNORE}
+    assert worse["recipe"] == plain["recipe"] + ", upside_down"
+
+
 def test_trials_that_were_stopped_are_no_record(run, pictures):
     batches = Cut(pictures, 20, run, shuffle=True, sizes=(32, 32, 32, 32))
     variants = {

@@ -7,6 +7,7 @@ import torch
 import torchmetrics.functional.classification as metrics
 from torch import nn
 
+import report
 import utils
 
 
@@ -68,6 +69,24 @@ def test_an_absent_class_is_nan_and_left_out_of_the_mean(run):
     scores = scored(*maps(absent=(3,)), run)
     assert scores.class_iou.isnan().tolist() == [c == 3 for c in range(6)]
     assert scores.mean_iou == pytest.approx(np.nanmean(scores.class_iou.numpy()))
+
+
+def test_digits_and_backgrounds_are_scored_apart():
+    """Ten pixels: two of a digit, of which one is found, and eight of two backgrounds."""
+    confusion = torch.tensor([[1, 1, 0], [0, 4, 1], [0, 0, 3]])
+    scores = utils.pixel_scores(confusion)
+    facts = report.pixel_facts(scores, ("digit 0", "sea", "sky"))
+    assert facts["majority"] == pytest.approx(50) and facts["mean_iou"] == scores.mean_iou
+    assert facts["digits"] == pytest.approx(dict(share=20, accuracy=50, mean_iou=50))
+    of_both = (100 * 4 / 6 + 100 * 3 / 4) / 2
+    assert facts["backgrounds"] == pytest.approx(dict(share=80, accuracy=87.5, mean_iou=of_both))
+    text = report.describe_pixels(dict(official_test_accuracy=scores.accuracy, **facts))
+    assert "test: 80.00% of pixels" in text and "digits, 20.0% of all: 50.00% right" in text
+    assert text.endswith("everywhere; 80.0%, every background right and no digit found")
+    for classes in (("sky", "sea", "land"), ("digit 0", "digit 1", "digit 2")):
+        alike = report.pixel_facts(scores, classes)  # of one kind
+        assert alike == dict(mean_iou=scores.mean_iou, majority=facts["majority"])
+        assert report.floors(alike) == "without skill: 50.0%, the commonest class everywhere"
 
 
 def test_a_class_that_is_only_guessed_counts_as_nought():

@@ -118,6 +118,24 @@ def test_numbers_in_prose_are_those_of_runs(page, on_record):
     assert strangers(prose()[page], measured()) == []
 
 
+HEADINGS = {  # what stands before the final score of each run
+    "segmentation-1": "### First: ",
+    "segmentation-2": "### Second: ",
+    "segmentation-3": "### Third: ",
+    "segmentation-4": "### Fourth: ",
+    "segmentation-best": "### The best on record, ",
+    "mnist-best": "### The best on digits, ",
+    "cifar10-94": "### Fast: ",
+}
+
+
+@pytest.mark.parametrize("run", HEADINGS)
+def test_a_heading_gives_its_own_runs_score(run, on_record):
+    said = re.findall(re.escape(HEADINGS[run]) + r"([\d.]+%)", "\n".join(prose().values()))
+    scores = on_record[run].get("finals", [on_record[run]["final_accuracy"]])
+    assert said == [f"{statistics.mean(scores):.2f}%"]
+
+
 @pytest.mark.parametrize("page", tables.PAGES)
 def test_the_tables_are_those_of_the_results(page, on_record):
     text = (ROOT / page).read_text(encoding="utf-8")
