@@ -129,9 +129,10 @@ def with_dice(scores: Tensor, labels: Tensor, ignore_index: int = -100) -> Tenso
     each of the three is a sum over the batch's pixels. However few pixels a class has, it counts as
     much as any. Milletari et al., V-Net, 2016 (arXiv:1606.04797), there for two classes.
     """
-    counted = labels != ignore_index
-    truth = F.one_hot(labels * counted, scores.shape[1]).movedim(-1, 1) * counted[:, None]
-    guesses = scores.float().softmax(1) * counted[:, None]
+    counted = (labels != ignore_index)[:, None]
+    classes = torch.arange(scores.shape[1], device=labels.device)[:, None, None]
+    truth = (labels[:, None] == classes) & counted
+    guesses = scores.float().softmax(1) * counted
     overlap, both = (guesses * truth).sum((0, 2, 3)), (guesses + truth).sum((0, 2, 3))
     dice = 1 - (2 * overlap / both.clamp(min=1)).mean()
     return F.cross_entropy(scores, labels, ignore_index=ignore_index) + dice

@@ -31,7 +31,7 @@ WHAT = {  # each run's model, in words
     "mnist-best": "five convolutions, Muon, warped digits",
     "cifar10-94": "`FastNet`: whitening, Muon, growing images",
     "cifar10-96": "the same, with longer paths and more channels",
-    "segmentation-best": "`SkipNet`: an encoder and decoder with skips, Muon, scenes made anew",
+    "segmentation-best": "`SkipNet`: an encoder and decoder, Muon, the Dice loss, new scenes",
 }
 
 

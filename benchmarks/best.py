@@ -39,7 +39,6 @@ import report  # noqa: E402
 import settings  # noqa: E402
 import utils  # noqa: E402
 
-
 SMOOTHED = partial(F.cross_entropy, label_smoothing=0.1)
 
 
