@@ -49,9 +49,11 @@ class Variant:
     batches: utils.Batches
     peak: float
     cycle: bool = True  # one cycle of the learning rate; or else it stays at the peak
-    muon: bool = False  # Muon with falling rates, in place of AdamW
+    muon: bool = False  # Muon, in place of AdamW
+    falling: bool | None = None  # or in a line to 0, as Muon's does by itself
     smoothing: float = 0.0  # of the labels
     views: bool = False  # score the mean of several views of each image
+    mirror: bool | None = None  # mirrored views, too; by itself, where training mirrors images
     loss: Callable = F.cross_entropy  # or a function of (scores, labels, ignore_index)
 
 
@@ -125,6 +127,8 @@ def _plan(variant: Variant) -> dict:
         parameters=report.parameters(variant.make()),
         recipe=f"cycle {variant.cycle}, Muon {variant.muon}, smoothing {variant.smoothing}, "
         f"views {variant.views}, {variant.batches.augmentation}"
+        + ("" if variant.falling is None else f", falling {variant.falling}")
+        + ("" if variant.mirror is None else f", mirror {variant.mirror}")
         + ("" if variant.loss is F.cross_entropy else f", {variant.loss.__name__}"),
     )
 
@@ -151,7 +155,8 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         histories.append(history)
         scores.append(history[-1].validation_accuracy)
         if variant.views:
-            scores[-1] = utils.test(recipes.Views(model, batches.flip), validation, run)
+            mirror = batches.flip if variant.mirror is None else variant.mirror
+            scores[-1] = utils.test(recipes.Views(model, mirror), validation, run)
         if data.labels.ndim == 3:
             of_pixels = utils.test_pixels(model, validation, len(data.classes), run)
             pixels.append(report.pixel_facts(of_pixels, data.classes))
@@ -186,9 +191,14 @@ def _optimizer(model: nn.Module, variant: Variant, epochs: int):
     peak, batches = variant.peak, variant.batches
     if variant.muon:
         optimizer = recipes.Muon(model, filters=peak)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
+    if variant.muon if variant.falling is None else variant.falling:
         return optimizer, recipes.linear_decay(optimizer, batches, epochs)
-    optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
-    return optimizer, utils.one_cycle(optimizer, batches, epochs, peak) if variant.cycle else None
+    if not variant.cycle:
+        return optimizer, None
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return optimizer, utils.one_cycle(optimizer, batches, epochs, peaks)
 
 
 def keep(rows: Sequence[dict], folder: Path) -> None:

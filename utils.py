@@ -551,10 +551,11 @@ def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None
     totals[3:].add_(totals[:1].isfinite())
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float):
+def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float | list[float]):
     """One cycle over the whole run: from peak/25 up to `peak` in its first 30%, then to almost 0.
 
-    Smith and Topin, Super-Convergence, 2018 (arXiv:1708.07120).
+    One peak for all groups of parameters, or a list with one for each. Smith and Topin,
+    Super-Convergence, 2018 (arXiv:1708.07120).
     """
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, peak, total_steps=epochs * len(batches), cycle_momentum=False

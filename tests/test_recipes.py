@@ -411,6 +411,21 @@ def test_the_dice_loss_is_of_overlaps_and_leaves_out_what_is_ignored():
     assert recipes.with_dice(scores, labels, utils.IGNORE) == loss
 
 
+def test_a_variants_rate_falls_or_goes_through_one_cycle(run, pictures):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    plain = trials.Variant(None, utils.Batches(pictures, 20, run), 0.1)
+    rates = {}
+    for muon in (False, True):
+        for falling in (None, False, True):
+            variant = replace(plain, muon=muon, falling=falling)
+            optimizer, schedule = trials._optimizer(model, variant, 2)
+            rates[muon, falling] = optimizer.param_groups[0]["lr"]
+            assert isinstance(optimizer, recipes.Muon) == muon
+    cycle, line = 0.1 / 25, 0.1
+    assert list(rates.values()) == pytest.approx([cycle, cycle, line, line, cycle, line])
+    assert trials._optimizer(model, replace(plain, cycle=False), 2)[1] is None
+
+
 def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "ROOT", tmp_path)
     quick = replace(run, quiet=True)
