@@ -126,8 +126,9 @@ def with_dice(scores: Tensor, labels: Tensor, ignore_index: int = -100) -> Tenso
     """Cross-entropy, plus the Dice loss: 1 - 2 overlap / (guesses + truth), mean over classes.
 
     Scores (N, classes, H, W) and labels int64 (N, H, W) to a number. Guesses are probabilities, so
-    each of the three is a sum over the batch's pixels. However few pixels a class has, it counts as
-    much as any. Milletari et al., V-Net, 2016 (arXiv:1606.04797), there for two classes.
+    each of the three is a sum over the batch's pixels (a process's share of them). However few
+    pixels a class has, it counts as much as any. Milletari et al., V-Net, 2016 (arXiv:1606.04797),
+    there for two classes.
     """
     counted = (labels != ignore_index)[:, None]
     classes = torch.arange(scores.shape[1], device=labels.device)[:, None, None]

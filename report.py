@@ -420,11 +420,12 @@ def show_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
 
 
 def pixel_facts(scores: PixelScores, classes: Sequence[str]) -> dict:
-    """Facts for the record of a model of pixels: its mean IoU, and scores that take no skill.
+    """Facts for the record of a model of pixels: its mean IoU, and two landmarks.
 
-    `majority` is the score of calling every pixel by the commonest class, in percent. Where some
-    classes are digits, they and the backgrounds have each their share of all pixels, their accuracy
-    and their mean IoU: the backgrounds' share is the score of naming them all and finding no digit.
+    `majority` is the score of calling every pixel by the commonest class, in percent: no skill.
+    Where some classes are digits, they and the backgrounds have each their share of all pixels,
+    their accuracy and their mean IoU: the backgrounds' share is the score of naming them all and
+    finding no digit.
     """
     pixels, hits = scores.confusion.sum(1), scores.confusion.diag()
     facts = dict(mean_iou=scores.mean_iou, majority=100 * (pixels.max() / pixels.sum()).item())
@@ -440,7 +441,7 @@ def pixel_facts(scores: PixelScores, classes: Sequence[str]) -> dict:
 
 
 def describe_pixels(record: dict) -> str:
-    """The test scores of a record that has `pixel_facts`, beside those that take no skill."""
+    """The test scores of a record that has `pixel_facts`, beside their landmarks."""
     lines = [f"test: {record['official_test_accuracy']:.2f}% of pixels, "]
     lines[0] += f"mean IoU {record['mean_iou']:.2f}%"
     for kind in ("digits", "backgrounds"):
@@ -453,8 +454,8 @@ def describe_pixels(record: dict) -> str:
 
 
 def floors(record: dict) -> str:
-    """What a model of pixels scores without skill, see `pixel_facts`."""
-    text = f"without skill: {record['majority']:.1f}%, the commonest class everywhere"
+    """What the scores of pixels are to be seen beside, see `pixel_facts`."""
+    text = f"landmarks: {record['majority']:.1f}%, the commonest class everywhere"
     if "backgrounds" in record:
         share = record["backgrounds"]["share"]
         text += f"; {share:.1f}%, every background right and no digit found"

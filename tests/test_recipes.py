@@ -421,9 +421,31 @@ def test_a_variants_rate_falls_or_goes_through_one_cycle(run, pictures):
             optimizer, schedule = trials._optimizer(model, variant, 2)
             rates[muon, falling] = optimizer.param_groups[0]["lr"]
             assert isinstance(optimizer, recipes.Muon) == muon
+            if muon:  # the rest has a rate of its own
+                first = 5e-3 / 25 if falling is False else 5e-3
+                assert optimizer.param_groups[1]["lr"] == pytest.approx(first)
     cycle, line = 0.1 / 25, 0.1
     assert list(rates.values()) == pytest.approx([cycle, cycle, line, line, cycle, line])
     assert trials._optimizer(model, replace(plain, cycle=False), 2)[1] is None
+
+
+def test_views_are_mirrored_where_training_is_or_as_the_variant_says(run, pictures, monkeypatch):
+    quick, asked = replace(run, quiet=True), []
+
+    def views(model, mirror):
+        asked.append(mirror)
+        return model
+
+    monkeypatch.setattr(recipes, "Views", views)
+    for flip in (False, True):
+        batches = utils.Batches(pictures, 20, quick, shuffle=True, flip=flip)
+        for mirror in (None, False, True):
+            variant = trials.Variant(
+                lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
+                batches, 1e-3, views=True, mirror=mirror,
+            )  # fmt: skip
+            trials.compare("views?", {"one": variant}, batches, 1, quick, seeds=(0, 1))
+    assert asked[::2] == asked[1::2] == [False, False, True, True, False, True]
 
 
 def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypatch):
