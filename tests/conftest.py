@@ -4,6 +4,7 @@ import collections
 import json
 import multiprocessing
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -24,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 import report  # noqa: E402
 import utils  # noqa: E402
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a job that a script put behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.platform == "win32":  # no SIGKILL, SIGALRM and fork server there
     collect_ignore = ["test_files.py", "test_fuzz.py", "test_kills.py"]
 
