@@ -351,7 +351,7 @@ def summary(records: Sequence[dict]) -> str:
             + (f"{final - old['final']:>+7.2f}" if old and not elsewhere else f"{'-':>7}")
         )
     if "majority" in records[-1]:
-        lines.append(floors(records[-1]))
+        lines.append(landmarks(records[-1]))
     return "\n".join(lines)
 
 
@@ -450,10 +450,10 @@ def describe_pixels(record: dict) -> str:
                 f"{kind}, {of['share']:.1f}% of all: {of['accuracy']:.2f}% right, "
                 f"mean IoU {of['mean_iou']:.2f}%"
             )
-    return "\n".join([*lines, floors(record)])
+    return "\n".join([*lines, landmarks(record)])
 
 
-def floors(record: dict) -> str:
+def landmarks(record: dict) -> str:
     """What the scores of pixels are to be seen beside, see `pixel_facts`."""
     text = f"landmarks: {record['majority']:.1f}%, the commonest class everywhere"
     if "backgrounds" in record:

@@ -105,7 +105,7 @@ def results() -> str:
 
 
 def pixels() -> str:
-    """The test scores of the models of pixels, digits and backgrounds apart, and their floors."""
+    """The test scores of the models of pixels, digits and backgrounds apart, and landmarks."""
     found = [r for r in records().values() if "majority" in r]
     if not found:
         return "not measured"

@@ -50,10 +50,10 @@ class Variant:
     peak: float
     cycle: bool = True  # one cycle of the learning rate; or else it stays at the peak
     muon: bool = False  # Muon, in place of AdamW
-    falling: bool | None = None  # or in a line to 0, as Muon's does by itself
+    falling: bool | None = None  # in a line to 0; None: Muon's rate does, AdamW's does not
     smoothing: float = 0.0  # of the labels
     views: bool = False  # score the mean of several views of each image
-    mirror: bool | None = None  # mirrored views, too; by itself, where training mirrors images
+    mirror: bool | None = None  # mirrored views, too; None: where training mirrors images
     loss: Callable = F.cross_entropy  # or a function of (scores, labels, ignore_index)
 
 

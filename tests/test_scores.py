@@ -86,7 +86,7 @@ def test_digits_and_backgrounds_are_scored_apart():
     for classes in (("sky", "sea", "land"), ("digit 0", "digit 1", "digit 2")):
         alike = report.pixel_facts(scores, classes)  # of one kind
         assert alike == dict(mean_iou=scores.mean_iou, majority=facts["majority"])
-        assert report.floors(alike) == "landmarks: 50.0%, the commonest class everywhere"
+        assert report.landmarks(alike) == "landmarks: 50.0%, the commonest class everywhere"
 
 
 def test_a_class_that_is_only_guessed_counts_as_nought():
