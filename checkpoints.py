@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import math
 import random
 import re
 import signal
 import tempfile
 import threading
+import time
 import traceback
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -33,11 +35,13 @@ KEYS = {"format", "facts", "history", "made", "parts", "probe"}
 class Checkpoint:
     """The file of one run: tensors and built-in types only, read with `weights_only=True`.
 
-    With `resume` false, what lies there is deleted and the run starts anew.
+    With `resume` false, what lies there is deleted and the run starts anew. Saves are at least
+    `every` seconds apart, but for the last epoch's; by default every epoch is saved.
     """
 
-    def __init__(self, path: Path, resume: bool = True):
-        self.path, self.resume = path, resume
+    def __init__(self, path: Path, resume: bool = True, every: float = 0.0):
+        self.path, self.resume, self.every = path, resume, every
+        self.epochs, self.saved = 0, -math.inf  # how many epochs the file has, and since when
         self.previous = path.with_name(f"{path.name}.previous")
         change = "" if resume else "set RESUME to True (False deletes the checkpoint) and "
         self.again = f"{change}run this again"
@@ -76,6 +80,9 @@ class Checkpoint:
 
     def save(self, history: Sequence[tuple], made: Mapping, images: Tensor) -> None:
         """Write the state after an epoch; `images` (B, C, H, W) are any two that it trained on."""
+        finished = len(history) == int(self.facts["epochs"])
+        if not finished and time.monotonic() - self.saved < self.every:
+            return
         probe = {"images": images.cpu(), "logits": _answer(self.parts["model"], images)}
         state = {
             "format": FORMAT,
@@ -91,19 +98,20 @@ class Checkpoint:
         try:
             write_whole(self.path, buffer.getbuffer(), keep=self.previous)
         except OSError as error:
-            last = len(history) - 1
-            kept = f"epoch {last}'s is kept" if last else "there is none before it"
+            kept = f"epoch {self.epochs}'s is kept" if self.epochs else "there is none before it"
             raise UsageError(
                 f"The checkpoint {self.path} of epoch {len(history)} could not be written "
                 f"({reason(error)}): {kept}; see to it, or name another folder in CHECKPOINT_DIR, "
                 f"and {self.again}."
             ) from None
+        self.epochs, self.saved = len(history), time.monotonic()
 
     def load(self) -> tuple[list, dict]:
         """Bring the parts to the state in the file: (history, makers), or empty without a file."""
         state = self._read()
         if state is None:
             return [], {}
+        self.epochs = len(state["history"])
         for name, here in self.facts.items():
             there = state["facts"].get(name, "nothing")
             if there != here:
@@ -362,7 +370,8 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
             way_on = f"To go on after epoch {len(history)}, {checkpoint.again}."
         print(f"Stopped in epoch {len(history) + 1}. {way_on}")
     except FloatingPointError as error:
-        good = checkpoint and history and f"; {checkpoint.path} still holds epoch {len(history)}"
+        good = checkpoint and checkpoint.epochs
+        good = good and f"; {checkpoint.path} still holds epoch {checkpoint.epochs}"
         anew = checkpoint.way_out if good else "start anew"
         problem = f"{error}{good or ''}: lower the learning rate and {anew}."
     except (RuntimeError, MemoryError) as error:

@@ -35,7 +35,7 @@ class Progress:
         self.quiet = quiet
         self.totals = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
-        self.place, self.displays, self.shown = None, {}, 0.0
+        self.place, self.displays, self.shown, self.plotted = None, {}, 0.0, 0.0
 
     def step(self, epoch: int, step: int, totals: Tensor) -> None:
         """Every 25 iterations: mean loss and accuracy of the epoch so far."""
@@ -53,7 +53,8 @@ class Progress:
             self.copied.record()
 
     def epoch(self, history: Sequence) -> None:
-        """After every epoch: its seconds, loss and accuracies, the time left, and the plot."""
+        """After every epoch: its seconds, loss and accuracies, the time left; and the plot, unless
+        it was drawn in the last five seconds (`train` draws it once more at the end)."""
         self.place = None  # what was copied is of this epoch
         e = history[-1]
         scores = f"training {e.accuracy:.2f}%, validation {e.validation_accuracy:.2f}%"
@@ -62,7 +63,8 @@ class Progress:
             left *= sum(e.seconds + e.validation_seconds for e in history) / len(history)
             line += f", {left:.0f} s left" if left < 120 else f", {left / 60:.0f} min left"
         self._line(line, final=True)
-        self.plot(history)
+        if time.perf_counter() - self.plotted > 5:  # drawing takes a fifth of a second
+            self.plot(history)
 
     def plot(self, history: Sequence) -> None:
         """Accuracy against epoch so far; only in a notebook, always in the same place."""
@@ -75,6 +77,7 @@ class Progress:
         figure.savefig(buffer, format="png", dpi=80)
         picture = base64.b64encode(buffer.getvalue()).decode()
         self._display("plot", {"image/png": picture, "text/plain": f"{self.title}: a plot"})
+        self.plotted = time.perf_counter()
 
     def _line(self, text: str, final: bool) -> None:
         self.shown = time.perf_counter()

@@ -55,50 +55,70 @@ class Muon(torch.optim.AdamW):
     def step(self):
         """Step the filters, and leave the rest to AdamW."""
         group = self.param_groups[0]
-        for weight in self.filters:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:  # AdamW asks every state that is loaded for a step
-                state.update(step=torch.zeros(()), average=torch.zeros_like(weight))
-            average = state["average"].mul_(group["momentum"]).add_(weight.grad)
-            ahead = weight.grad.add(average, alpha=group["momentum"])  # Nesterov's
-            weight.mul_(math.sqrt(len(weight)) / weight.norm())
-            rows = ahead.permute(0, 2, 3, 1)  # as channels_last lies in memory
-            step = orthogonal(rows.flatten(1)).view_as(rows)
-            weight.sub_(group["lr"] * step.permute(0, 3, 1, 2))
-            weight.grad = None  # AdamW passes over what has none
+        for weights in self.stacks():
+            for weight in weights:
+                if not self.state[weight]:  # AdamW asks every state that is loaded for a step
+                    average = torch.zeros_like(weight)
+                    self.state[weight].update(step=torch.zeros(()), average=average)
+            averages = [self.state[weight]["average"] for weight in weights]
+            gradients = [weight.grad for weight in weights]
+            torch._foreach_mul_(averages, group["momentum"])
+            torch._foreach_add_(averages, gradients)
+            ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])  # Nesterov's
+            rows = [one.permute(0, 2, 3, 1) for one in ahead]  # as channels_last lies in memory
+            matrices = [one.flatten(1) for one in rows]
+            one = len(matrices) == 1
+            steps = [orthogonal(matrices[0])] if one else orthogonal(torch.stack(matrices))
+            for weight, step in zip(weights, steps, strict=True):
+                weight.mul_(math.sqrt(len(weight)) / weight.norm())
+                step = step.view_as(rows[0]).permute(0, 3, 1, 2)
+                weight.sub_(group["lr"] * step)
+                weight.grad = None  # AdamW passes over what has none
         super().step()
+
+    def stacks(self) -> list[list[Tensor]]:
+        """The filters that have a gradient: one by one, or, on a GPU, those of one shape together.
+
+        There it saves launches; on a CPU products of stacks in bfloat16 are slow.
+        """
+        filters = [weight for weight in self.filters if weight.grad is not None]
+        if filters and filters[0].device.type == "cpu":
+            return [[weight] for weight in filters]
+        shapes = dict.fromkeys(weight.shape for weight in filters)
+        return [[weight for weight in filters if weight.shape == shape] for shape in shapes]
 
 
 def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     """A matrix (M, N) with its singular values brought near 1, by Newton and Schulz's iteration.
 
-    Three steps of a fifth-degree polynomial that is steep at zero; the coefficients are Jordan's.
-    Values of a hundredth of the matrix's norm and more end between 0.4 and 1.3; smaller ones grow
-    forty times.
+    Or a stack (.., M, N) of them, each on its own. Three steps of a fifth-degree polynomial that is
+    steep at zero; the coefficients are Jordan's. Values of a hundredth of the matrix's norm and
+    more end between 0.4 and 1.3; smaller ones grow forty times.
     What a step multiplies the matrix by is a polynomial of x x', M by M: the three are multiplied
     out there, and the wide matrix itself enters two products in place of six. In bfloat16 where the
     hardware multiplies it natively.
     """
     native = best_precision(matrix.device) == torch.bfloat16
-    x = matrix.to(torch.bfloat16 if native else torch.float32) / (matrix.norm() + 1e-7)
-    if tall := len(x) > x.shape[1]:
-        x = x.T
-    gram = x @ x.T
+    x = matrix.to(torch.bfloat16 if native else torch.float32)
+    norm = matrix.norm(dim=(-2, -1), keepdim=matrix.ndim > 2) + 1e-7
+    x = (x / norm).to(x.dtype)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    gram = x @ x.mT
     product = factor = _factor(gram)
     for _ in range(steps - 1):
         gram = factor @ gram @ factor
         factor = _factor(gram)
         product = factor @ product
     x = product @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 def _factor(gram: Tensor) -> Tensor:
-    """3.4445 - 4.775 x x' + 2.0315 x x' x x', of the gram matrix x x' (M, M)."""
-    factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-    factor.diagonal().add_(3.4445)
+    """3.4445 - 4.775 x x' + 2.0315 x x' x x', of the gram matrices x x' (.., M, M)."""
+    square = torch.addmm if gram.ndim == 2 else torch.baddbmm
+    factor = square(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    factor.diagonal(dim1=-2, dim2=-1).add_(3.4445)
     return factor
 
 

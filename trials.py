@@ -38,7 +38,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "scenes": "Segmentation: the same scenes every epoch, or new ones",
     "strokes": "Segmentation: what the loss does for thin strokes",
 }
-asked: set[str] | None = None  # those to be answered now; None is all that are not on record
+asked: set[str] | None = None  # those that `python trials.py` answers now
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,21 @@ def compare(
     seeds, by default three, in the quick profile two; `jitter` is the mean change of the score from
     one epoch to the next in the second half. For label maps the mean IoU stands beside them.
     trials.json keeps the rows; the record of the full data, where there is one, is shown below
-    them. Your own data is not asked, and the short profile shows what is on record. In the full
-    profile, which takes long, what is trained already is kept until the question is answered: one
-    that was cut short goes on, and one that this hardware has answered is asked again by `python
-    trials.py` or RESUME=0 alone.
+    them. The full data is asked by `python trials.py` alone: a full or short run of a notebook
+    shows what is on record, and your own data is not asked. What is trained already of the full
+    data is kept until the question is answered, so that one that was cut short goes on.
     """
-    full, text = settings.ROOT / "figures", "Not asked of your own data."
+    full = settings.ROOT / "figures"
     seeds = seeds or run.pick(full=(0, 1, 2), quick=(0, 1))
     own = validation.dataset.source == "own"
     if asked is not None and question not in asked:
         return f"{question}: not asked now."
     record = [row for row in load(full) if row["question"] == question]
-    answered = _answered(record, variants, validation.dataset.source, epochs, run)
-    if run.profile == "short" and not own:
-        text = "Not asked again in the short profile; `python trials.py` does."
-    elif answered:
-        text = "Answered already; `python trials.py` asks again."
-    elif not own:
+    if own:
+        text = "Not asked of your own data."
+    elif asked is None and run.profile != "quick":
+        text = "Not asked again here; `python trials.py` does."
+    else:
         started = None
         if run.profile == "full":
             started = run.checkpoint_dir / "trials" / f"{question}-{epochs}"
@@ -100,23 +98,9 @@ def compare(
             if started:
                 shutil.rmtree(started, ignore_errors=True)
         text = table(rows)
-    if record and (run.figures != full or run.profile == "short" or answered):
+    if record and (run.figures != full or asked is None):
         text += f"\n\nOn record, of the full data:\n\n{table(record)}"
     return text
-
-
-def _answered(record, variants, source, epochs, run) -> bool:
-    """Whether these rows are what the full profile would find here, and nobody asks anew."""
-    if not record or run.profile != "full" or not run.resume or asked is not None:
-        return False
-    here = dict(epochs=epochs, source=source, device=settings.hardware_name(run.device))
-    here |= dict(precision=settings.dtype_name(run.precision))
-    plans = [dict(variant=name, **here, **_plan(variant)) for name, variant in variants.items()]
-    return len(record) == len(plans) and all(
-        row.get(fact, plan[fact]) == plan[fact]  # older records lack some
-        for row, plan in zip(record, plans, strict=True)
-        for fact in plan
-    )
 
 
 def _plan(variant: Variant) -> dict:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -563,39 +564,37 @@ def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: floa
 
 
 class CapturedStep:
-    """A training step, recorded as a CUDA graph after three ordinary ones and replayed ever after.
+    """A training step, replayed as a CUDA graph: one launch takes the place of hundreds.
 
-    One launch takes the place of a hundred, which is what a small batch spends its time on. A batch
-    of another shape than the recorded one runs as an ordinary step: the short last one, and images
-    that have grown since (`recipes.Resized`). How long the recording took is printed: it is part of
-    the first epoch's seconds.
+    That is what a small batch spends its time on. Each shape of batch has three ordinary steps,
+    then its own graph: the short last one, too, and images that grow (`recipes.Resized`). The
+    recording is part of an epoch's seconds.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
-        self.step, self.warm_up, self.graph, self.shape = step, 3, None, None
+        self.step, self.seen, self.graphs = step, Counter(), {}
         optimizer._warned_capturable_if_run_uncaptured = True  # as the warm-up does, knowingly
         self.stream = torch.cuda.Stream()
-        for group in optimizer.param_groups:  # what the graph reads must lie on the device
+        for group in optimizer.param_groups:  # what a graph reads must lie on the device
             group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
             if "capturable" in group:
                 group["capturable"] = True
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        known, self.shape = images.shape == self.shape, images.shape
-        if self.graph is None and self.warm_up == 0 and known:
-            started = time.perf_counter()
-            self.images, self.labels = images.clone(), labels.clone()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, runs nothing
-                self.step(self.images, self.labels)
-            seconds = time.perf_counter() - started
-            print(f"The training step was recorded as a CUDA graph in {seconds:.2f} s.")
-        if self.graph is not None and images.shape == self.images.shape:
-            self.images.copy_(images)
-            self.labels.copy_(labels)
-            self.graph.replay()
+        shape = images.shape
+        if shape not in self.graphs and self.seen[shape] == 3:
+            kept = images.clone(), labels.clone()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, runs nothing
+                self.step(*kept)
+            self.graphs[shape] = graph, *kept
+        if shape in self.graphs:
+            graph, kept_images, kept_labels = self.graphs[shape]
+            kept_images.copy_(images)
+            kept_labels.copy_(labels)
+            graph.replay()
             return
-        self.warm_up = max(0, self.warm_up - 1)
+        self.seen[shape] += 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # as the recording will, away from the default stream
             self.step(images, labels)

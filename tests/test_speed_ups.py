@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import recipes
 import utils
 from settings import best_precision
 
@@ -97,23 +98,24 @@ def test_bfloat16_costs_at_most_three_tenths_of_a_point(run, classification, dig
     assert reduced >= exact - 0.3, accuracy
 
 
-def test_a_captured_step_sees_every_batch(monkeypatch, capsys):
-    """The recording's bookkeeping, with a graph that replays on the CPU: not a test of CUDA."""
-    seen, tape = [], []
+def test_a_captured_step_sees_every_batch(monkeypatch):
+    """The recording's bookkeeping, with graphs that replay on the CPU: not a test of CUDA."""
+    seen, tapes, recorded = [], {}, []
 
     class Graph:
         def replay(self):
-            images, labels = tape[-1]
+            images, labels = tapes[self]
             seen.append((images.clone(), labels.clone()))
 
     @contextlib.contextmanager
     def recording(graph):
-        tape.append(None)
+        recorded.append(graph)
         yield
+        recorded.append(None)
 
     def step(images, labels):
-        if tape and tape[-1] is None:
-            tape[-1] = images, labels  # recorded, not run
+        if recorded and recorded[-1]:
+            tapes[recorded[-1]] = images, labels  # recorded, not run
         else:
             seen.append((images.clone(), labels.clone()))
 
@@ -129,13 +131,54 @@ def test_a_captured_step_sees_every_batch(monkeypatch, capsys):
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     captured = utils.CapturedStep(step, optimizer)
-    batches = [(torch.full((4, 1), n), torch.full((4,), n)) for n in range(8)]
-    batches.insert(6, (torch.full((2, 1), 99), torch.full((2,), 99)))  # a short one
+    sizes = [4, 4, 4, 4, 2, 4, 6, 6, 6, 6, 4, 6]  # a short one, and images that have grown
+    batches = [(torch.full((n, 1), place), torch.full((n,), n)) for place, n in enumerate(sizes)]
     for batch in batches:
         captured(*batch)
-    assert capsys.readouterr().out.count("recorded as a CUDA graph in") == 1
-    assert len(tape) == 1 and len(seen) == len(batches)
+    assert len(tapes) == 2 and len(seen) == len(batches)
     for (images, labels), (x, y) in zip(seen, batches, strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
     group = optimizer.param_groups[0]
     assert isinstance(group["lr"], torch.Tensor) and group["capturable"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+@pytest.mark.parametrize("muon", [False, True])
+def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon):
+    """On a GPU: 20 steps of full batches and a short one each epoch, which some atomics blur."""
+    losses = {}
+    for graphs in (False, True):
+        run = utils.settings(graphs=graphs, environ={"PROFILE": "quick"})
+        torch.manual_seed(0)
+        model = classification.DigitNet(8) if muon else classification.MnistCNN(4)
+        model = model.to(run.device, memory_format=torch.channels_last)
+        if muon:
+            optimizer = recipes.Muon(model)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), 2e-3, fused=True)
+        training = digits[0].subset(torch.arange(0, 4000, 4))
+        batches = utils.Batches(training, 49, run, shuffle=True)
+        schedule = recipes.linear_decay(optimizer, batches, 5)
+        validation = utils.Batches(digits[1], 500, run)
+        history = utils.train(model, optimizer, batches, validation, 5, run, schedule)
+        losses[graphs] = [e.loss for e in history]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    assert losses[True][-1] < losses[True][0] / 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+def test_stacked_filters_step_as_single_ones_do(segmentation, monkeypatch):
+    steps = []
+    for stacked in (True, False):
+        if not stacked:
+            monkeypatch.setattr(recipes.Muon, "stacks", lambda self: [[w] for w in self.filters])
+        torch.manual_seed(0)
+        model = segmentation.Segmenter(segmentation.fourth(16), 16).cuda()
+        optimizer = recipes.Muon(model)
+        for weight in model.parameters():
+            weight.grad = torch.randn_like(weight)
+        before = [weight.clone() for weight in optimizer.filters]
+        optimizer.step()
+        steps.append([w - b for w, b in zip(optimizer.filters, before, strict=True)])
+    for one, other in zip(*steps, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()  # bfloat16's rounding
