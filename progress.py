@@ -35,7 +35,7 @@ class Progress:
         self.quiet = quiet
         self.totals = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
-        self.place, self.displays, self.shown, self.plotted = None, {}, 0.0, 0.0
+        self.place, self.displays, self.shown, self.pause = None, {}, 0.0, 0.0
 
     def step(self, epoch: int, step: int, totals: Tensor) -> None:
         """Every 25 iterations: mean loss and accuracy of the epoch so far."""
@@ -53,8 +53,8 @@ class Progress:
             self.copied.record()
 
     def epoch(self, history: Sequence) -> None:
-        """After every epoch: its seconds, loss and accuracies, the time left; and the plot, unless
-        it was drawn in the last five seconds (`train` draws it once more at the end)."""
+        """After every epoch: its seconds, loss and accuracies, the time left; and the plot, but for
+        short epochs, lest drawing take more than a twentieth of the time."""
         self.place = None  # what was copied is of this epoch
         e = history[-1]
         scores = f"training {e.accuracy:.2f}%, validation {e.validation_accuracy:.2f}%"
@@ -63,7 +63,7 @@ class Progress:
             left *= sum(e.seconds + e.validation_seconds for e in history) / len(history)
             line += f", {left:.0f} s left" if left < 120 else f", {left / 60:.0f} min left"
         self._line(line, final=True)
-        if time.perf_counter() - self.plotted > 5:  # drawing takes a fifth of a second
+        if time.perf_counter() > self.pause:
             self.plot(history)
 
     def plot(self, history: Sequence) -> None:
@@ -72,12 +72,13 @@ class Progress:
             return
         import report  # only here: a script draws nothing while it trains
 
+        started = time.perf_counter()
         figure = report.draw_curves(history, self.title, self.source, self.epochs)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
         picture = base64.b64encode(buffer.getvalue()).decode()
         self._display("plot", {"image/png": picture, "text/plain": f"{self.title}: a plot"})
-        self.plotted = time.perf_counter()
+        self.pause = 20 * (time.perf_counter() - started) + started
 
     def _line(self, text: str, final: bool) -> None:
         self.shown = time.perf_counter()

@@ -67,12 +67,14 @@ class Muon(torch.optim.AdamW):
             ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])  # Nesterov's
             rows = [one.permute(0, 2, 3, 1) for one in ahead]  # as channels_last lies in memory
             matrices = [one.flatten(1) for one in rows]
-            one = len(matrices) == 1
-            steps = [orthogonal(matrices[0])] if one else orthogonal(torch.stack(matrices))
-            for weight, step in zip(weights, steps, strict=True):
-                weight.mul_(math.sqrt(len(weight)) / weight.norm())
-                step = step.view_as(rows[0]).permute(0, 3, 1, 2)
-                weight.sub_(group["lr"] * step)
+            if len(matrices) == 1:
+                steps = (group["lr"] * orthogonal(matrices[0]))[None]
+            else:
+                steps = group["lr"] * orthogonal(torch.stack(matrices))
+            norms = torch._foreach_norm(weights)
+            for weight, step, norm in zip(weights, steps, norms, strict=True):
+                weight.mul_(math.sqrt(len(weight)) / norm)
+                weight.sub_(step.view_as(rows[0]).permute(0, 3, 1, 2))
                 weight.grad = None  # AdamW passes over what has none
         super().step()
 
@@ -95,23 +97,24 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     steep at zero; the coefficients are Jordan's. Values of a hundredth of the matrix's norm and
     more end between 0.4 and 1.3; smaller ones grow forty times.
     What a step multiplies the matrix by is a polynomial of x x', M by M: the three are multiplied
-    out there, and the wide matrix itself enters two products in place of six. In bfloat16 where the
+    out there, and so is the division by the norm, whose square is the trace of x x'. The wide
+    matrix itself enters two products and nothing else. In bfloat16, and returned so, where the
     hardware multiplies it natively.
     """
     native = best_precision(matrix.device) == torch.bfloat16
     x = matrix.to(torch.bfloat16 if native else torch.float32)
-    norm = matrix.norm(dim=(-2, -1), keepdim=matrix.ndim > 2) + 1e-7
-    x = (x / norm).to(x.dtype)
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
     gram = x @ x.mT
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[..., None, None] + 1e-14
+    gram = (gram / square).to(x.dtype)
     product = factor = _factor(gram)
     for _ in range(steps - 1):
         gram = factor @ gram @ factor
         factor = _factor(gram)
         product = factor @ product
-    x = product @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    x = (product / square.sqrt()).to(x.dtype) @ x
+    return x.mT if tall else x
 
 
 def _factor(gram: Tensor) -> Tensor:

@@ -291,7 +291,9 @@ class Batches:
             raise UsageError(f"shift is {shift}: it must be less than the image's side.")
         self.dataset, self.batch_size, self.device = dataset, batch_size, run.device
         self.shuffle, self.flip, self.shift, self.seed = shuffle, flip, shift, seed
-        self.epoch = 0
+        self.epoch, self.together = 0, 1  # how many batches are made in one go
+        if run.device.type == "cuda":  # up to four million pixels: a launch takes long there
+            self.together = max(1, 2**22 // (batch_size * dataset.images[0, 0].numel()))
         # pixels in rows, so that one index_select cuts, shifts and flips, and gives channels_last
         self.pixels = dataset.images.permute(0, 2, 3, 1).contiguous().to(run.device)
         self.labels = dataset.labels.contiguous().to(run.device)
@@ -326,9 +328,11 @@ class Batches:
         flips = self._flips(order, draws)
         order, flips = order.to(self.device), flips.to(self.device, torch.bool)
         (down, across), augment = moves.to(self.device), self.flip or self.shift
-        parts = [draw.split(self.batch_size) for draw in (order, down, across, flips)]
-        for batch in zip(*parts, strict=True):
-            yield self._augmented(*batch) if augment else self._plain(batch[0])
+        many, each = self.batch_size * self.together, self.batch_size
+        parts = [draw.split(many) for draw in (order, down, across, flips)]
+        for some in zip(*parts, strict=True):
+            images, labels = self._augmented(*some) if augment else self._plain(some[0])
+            yield from zip(images.split(each), labels.split(each), strict=True)
 
     def _flips(self, order: Tensor, draws: torch.Generator) -> Tensor:
         """1 or 0 for each image of `order`, int64 (N): whether it is mirrored in this epoch."""

@@ -42,6 +42,15 @@ def test_batches_made_on_the_device(run, classification, digits):
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+def test_batches_made_together(run, digits):
+    options = dict(run=run, shuffle=True, flip=True, shift=3)
+    single, several = (utils.Batches(digits[0], 150, **options) for _ in range(2))
+    several.together = 4
+    for (x, y), (images, labels) in zip(single, several, strict=True):
+        assert torch.equal(x, images) and torch.equal(y, labels)
+        assert images.stride() == x.stride()
+
+
 def test_channels_last(run, classification, digits):
     model = classification.MnistCNN
     plain = losses(run, model, digits, channels_last=False)
@@ -162,7 +171,7 @@ def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon
         validation = utils.Batches(digits[1], 500, run)
         history = utils.train(model, optimizer, batches, validation, 5, run, schedule)
         losses[graphs] = [e.loss for e in history]
-    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    assert losses[True] == pytest.approx(losses[False], rel=0.1)
     assert losses[True][-1] < losses[True][0] / 2
 
 
