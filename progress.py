@@ -54,7 +54,7 @@ class Progress:
 
     def epoch(self, history: Sequence) -> None:
         """After every epoch: its seconds, loss and accuracies, the time left; and the plot, but for
-        short epochs, lest drawing take more than a twentieth of the time."""
+        short epochs, lest drawing take more than a fiftieth of the time."""
         self.place = None  # what was copied is of this epoch
         e = history[-1]
         scores = f"training {e.accuracy:.2f}%, validation {e.validation_accuracy:.2f}%"
@@ -78,7 +78,7 @@ class Progress:
         figure.savefig(buffer, format="png", dpi=80)
         picture = base64.b64encode(buffer.getvalue()).decode()
         self._display("plot", {"image/png": picture, "text/plain": f"{self.title}: a plot"})
-        self.pause = 20 * (time.perf_counter() - started) + started
+        self.pause = 50 * (time.perf_counter() - started) + started
 
     def _line(self, text: str, final: bool) -> None:
         self.shown = time.perf_counter()

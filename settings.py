@@ -107,7 +107,7 @@ class Settings:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
         own = self.pictures or self.scenes
         folder = f"own/{own.resolve().name}" if own else self.kind or self.pick("", "", "short")
-        every = 30.0 if self.device.type == "cuda" else 0.0  # there an epoch may take a second
+        every = 60.0 if self.device.type == "cuda" else 0.0  # there an epoch may take a second
         return Checkpoint(self.checkpoint_dir / folder / f"{name}.pt", self.resume, every)
 
     def autocast(self) -> torch.autocast:
