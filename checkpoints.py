@@ -239,6 +239,7 @@ def _describe(value) -> str:
     code = getattr(value, "__code__", None)
     if code is not None:
         constants = [c for c in code.co_consts if isinstance(c, (int, float, str, tuple))]
+        constants = [c for c in constants if c != value.__doc__]
         return f"{value} {code.co_names} {constants}"
     return str(value)
 

@@ -15,7 +15,7 @@ import matplotlib
 
 import report
 import trials
-from benchmarks import best, speed
+from benchmarks import best, speed, steps
 from settings import ROOT
 
 PAGES = ("README.md", "RESULTS.md")
@@ -150,6 +150,13 @@ def speed_ups() -> str:
     return speed.brief(json.loads((BENCHMARKS / "speed.json").read_text(encoding="utf-8"))["rows"])
 
 
+def gpu() -> str:
+    """What a training step takes on a GPU."""
+    facts = json.loads((BENCHMARKS / "steps.json").read_text(encoding="utf-8"))
+    made = f"{facts['hardware']}, {facts['precision']}, torch {facts['torch']}"
+    return f"{steps.table(facts['rows'])}\n\n({made}, commit `{facts['commit']}`)"
+
+
 def faults() -> str:
     """What the last run of `pytest -m faults` came to."""
     counts = json.loads((FIGURES / "faults.json").read_text(encoding="utf-8"))
@@ -170,6 +177,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "best": best_models,
     "best_epyc": partial(best_models, "best_epyc.json"),
     "speed": speed_ups,
+    "gpu": gpu,
     "faults": faults,
 }
 

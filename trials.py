@@ -84,7 +84,7 @@ def compare(
     if own:
         text = "Not asked of your own data."
     elif asked is None and run.profile != "quick":
-        text = "Not asked again here; `python trials.py` does."
+        text = f"Not asked again in the {run.profile} profile; `python trials.py` does."
     else:
         started = None
         if run.profile == "full":

@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 
+import tables
 import utils
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import best  # noqa: E402
 import speed  # noqa: E402
+import steps  # noqa: E402
 
 
 def small_tasks(run):
@@ -157,3 +159,17 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(model, problem, tmp
     with pytest.raises(SystemExit, match=problem):
         speed.main()
     assert there in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["mnist", "segmentation-best"])
+def test_a_models_steps_are_timed(run, name):
+    case = dataclasses.replace(steps.cases()[name], batch_size=20, steps=2)
+    assert 0 < steps.measure(case, dataclasses.replace(run, quiet=True)) < 60
+
+
+def test_every_model_has_its_steps():
+    assert set(steps.cases()) == set(tables.WHAT)
+    row = dict(model="mnist", batch_size=16, step_seconds=0.00384)
+    assert steps.table([row]).splitlines()[-1] == "| `mnist` | 16 | 3.84 ms | - | - |"
+    row |= dict(replayed_seconds=0.000747, epochs=100, epochs_seconds=224.1)
+    assert steps.table([row]).endswith("| 3.84 ms | 0.75 ms | 100, 3.7 min |")

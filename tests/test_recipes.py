@@ -394,7 +394,7 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
     assert "On record, of the full data:" in text
     short = replace(quick, profile="short")  # shows the record, and trains nothing
     text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 99, short)
-    assert text.startswith("Not asked again here") and "2 seeds each, 2 ep" in text
+    assert text.startswith("Not asked again in the short profile") and "2 seeds each, 2 ep" in text
 
 
 def test_the_dice_loss_is_of_overlaps_and_leaves_out_what_is_ignored():
