@@ -1,6 +1,6 @@
 """Checkpoints: a run that is cut short, anywhere, goes on where it was and ends the same.
 
-After every epoch the whole state of a run goes to one file, and the file before is kept beside it.
+After an epoch the whole state of a run goes to one file, and the file before is kept beside it.
 Training then starts from what it finds, if that is the same run; `utils.train` does the asking.
 """
 
@@ -36,12 +36,12 @@ class Checkpoint:
     """The file of one run: tensors and built-in types only, read with `weights_only=True`.
 
     With `resume` false, what lies there is deleted and the run starts anew. Saves are at least
-    `every` seconds apart, but for the last epoch's; by default every epoch is saved.
+    `every` seconds apart, but for the last one; by default every epoch is saved.
     """
 
     def __init__(self, path: Path, resume: bool = True, every: float = 0.0):
         self.path, self.resume, self.every = path, resume, every
-        self.epochs, self.saved = 0, -math.inf  # how many epochs the file has, and since when
+        self.kept, self.saved = 0, -math.inf  # how many epochs the file has, and since when
         self.previous = path.with_name(f"{path.name}.previous")
         change = "" if resume else "set RESUME to True (False deletes the checkpoint) and "
         self.again = f"{change}run this again"
@@ -78,10 +78,11 @@ class Checkpoint:
             )
         return history, made
 
-    def save(self, history: Sequence[tuple], made: Mapping, images: Tensor) -> None:
+    def save(
+        self, history: Sequence[tuple], made: Mapping, images: Tensor, last: bool = False
+    ) -> None:
         """Write the state after an epoch; `images` (B, C, H, W) are any two that it trained on."""
-        finished = len(history) == int(self.facts["epochs"])
-        if not finished and time.monotonic() - self.saved < self.every:
+        if not last and time.monotonic() - self.saved < self.every:
             return
         probe = {"images": images.cpu(), "logits": _answer(self.parts["model"], images)}
         state = {
@@ -98,20 +99,20 @@ class Checkpoint:
         try:
             write_whole(self.path, buffer.getbuffer(), keep=self.previous)
         except OSError as error:
-            kept = f"epoch {self.epochs}'s is kept" if self.epochs else "there is none before it"
+            kept = f"epoch {self.kept}'s is kept" if self.kept else "there is none before it"
             raise UsageError(
                 f"The checkpoint {self.path} of epoch {len(history)} could not be written "
                 f"({reason(error)}): {kept}; see to it, or name another folder in CHECKPOINT_DIR, "
                 f"and {self.again}."
             ) from None
-        self.epochs, self.saved = len(history), time.monotonic()
+        self.kept, self.saved = len(history), time.monotonic()
 
     def load(self) -> tuple[list, dict]:
         """Bring the parts to the state in the file: (history, makers), or empty without a file."""
         state = self._read()
         if state is None:
             return [], {}
-        self.epochs = len(state["history"])
+        self.kept = len(state["history"])
         for name, here in self.facts.items():
             there = state["facts"].get(name, "nothing")
             if there != here:
@@ -201,6 +202,7 @@ def facts_of(model: nn.Module, optimizer, schedule, scaler, random, **others) ->
         trained = [names.get(id(p), "another") for p in group["params"] if p.requires_grad]
         passing = (*_IMPLEMENTATION, *(["lr"] if "initial_lr" in group else []))
         kept = {k: v for k, v in sorted(group.items()) if k not in passing}
+        kept |= {"lr": float(group["lr"])} if "lr" in kept else {}  # a tensor, for graphs
         groups.append({**kept, "params": trained})
     facts = {
         **{name: _describe(value) for name, value in others.items()},
@@ -366,15 +368,16 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
     except KeyboardInterrupt:
         if checkpoint:
             del history[len(checkpoint.load()[0]) :]  # an epoch whose checkpoint was not written
-        way_on = "Its part of the epoch stays in the weights."
         if checkpoint and history:
-            way_on = f"To go on after epoch {len(history)}, {checkpoint.again}."
-        print(f"Stopped in epoch {len(history) + 1}. {way_on}")
+            print(f"Stopped. To go on after epoch {len(history)}, {checkpoint.again}.")
+        else:
+            part = "Its part of the epoch stays in the weights."
+            print(f"Stopped in epoch {len(history) + 1}. {part}")
     except FloatingPointError as error:
-        good = checkpoint and checkpoint.epochs
-        good = good and f"; {checkpoint.path} still holds epoch {checkpoint.epochs}"
-        anew = checkpoint.way_out if good else "start anew"
-        problem = f"{error}{good or ''}: lower the learning rate and {anew}."
+        kept = checkpoint.kept if checkpoint else 0
+        good = f"; {checkpoint.path} still holds epoch {kept}" if kept else ""
+        anew = checkpoint.way_out if kept else "start anew"
+        problem = f"{error}{good}: lower the learning rate and {anew}."
     except (RuntimeError, MemoryError) as error:
         problem = out_of_memory(error, batch_size)
         if problem is None:

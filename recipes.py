@@ -68,9 +68,9 @@ class Muon(torch.optim.AdamW):
             rows = [one.permute(0, 2, 3, 1) for one in ahead]  # as channels_last lies in memory
             matrices = [one.flatten(1) for one in rows]
             if len(matrices) == 1:
-                steps = (group["lr"] * orthogonal(matrices[0]))[None]
+                steps = [orthogonal(matrices[0], scale=group["lr"])]
             else:
-                steps = group["lr"] * orthogonal(torch.stack(matrices))
+                steps = orthogonal(torch.stack(matrices), scale=group["lr"])
             norms = torch._foreach_norm(weights)
             for weight, step, norm in zip(weights, steps, norms, strict=True):
                 weight.mul_(math.sqrt(len(weight)) / norm)
@@ -90,12 +90,12 @@ class Muon(torch.optim.AdamW):
         return [[weight for weight in filters if weight.shape == shape] for shape in shapes]
 
 
-def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
-    """A matrix (M, N) with its singular values brought near 1, by Newton and Schulz's iteration.
+def orthogonal(matrix: Tensor, steps: int = 3, scale: float | Tensor = 1.0) -> Tensor:
+    """A matrix (M, N) with its singular values brought near `scale`, by Newton and Schulz.
 
-    Or a stack (.., M, N) of them, each on its own. Three steps of a fifth-degree polynomial that is
+    Or a stack (K, M, N) of them, each on its own. Three steps of a fifth-degree polynomial that is
     steep at zero; the coefficients are Jordan's. Values of a hundredth of the matrix's norm and
-    more end between 0.4 and 1.3; smaller ones grow forty times.
+    more end between 0.4 and 1.3 times `scale`; smaller ones grow forty times.
     What a step multiplies the matrix by is a polynomial of x x', M by M: the three are multiplied
     out there, and so is the division by the norm, whose square is the trace of x x'. The wide
     matrix itself enters two products and nothing else. In bfloat16, and returned so, where the
@@ -113,7 +113,7 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
         gram = factor @ gram @ factor
         factor = _factor(gram)
         product = factor @ product
-    x = (product / square.sqrt()).to(x.dtype) @ x
+    x = (product * (scale / square.sqrt())).to(x.dtype) @ x
     return x.mT if tall else x
 
 

@@ -51,7 +51,7 @@ class Settings:
     epochs_cap: int | None
     device: torch.device
     precision: torch.dtype  # of the matrix products; weights and sums stay float32
-    graphs: bool = False  # on CUDA, replay training steps as graphs; not in float16
+    graphs: bool = False  # replay training steps as CUDA graphs, where they can be
     quiet: bool = False  # show no line and no plot of a run
     pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
     scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
@@ -139,6 +139,9 @@ def settings(
     scenes: bool = True,
 ) -> Settings:
     """Read the README's variables from the environment; choose device and precision.
+
+    `graphs` are used on CUDA alone, by one process, and not in float16, whose steps wait for the
+    device.
 
     Of PICTURES and SCENES one is read: SCENES if it is set, but not by what has no `scenes`.
     """

@@ -1,7 +1,8 @@
 """Questions answered by experiment: short trainings on one budget, each from several seeds.
 
 `python trials.py` answers all of both notebooks' again, on the full data, into figures/trials.json;
-`python trials.py mnist` answers one. The notebooks show that record below their own.
+`python trials.py mnist` answers one. The notebooks show that record; in the quick profile they also
+ask the sample.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 Images are uint8 until a batch is made; accuracies are percentages; times are seconds. What a run
 leaves behind (record, figure, pictures) is report.py's, the quick profile's data is samples.py's,
 your own is owndata.py's; files.py downloads and checks, checkpoints.py goes on where a run stopped;
-settings.py reads the README's variables and chooses device and precision.
+graphs.py replays steps on a GPU; settings.py reads the README's variables and chooses device and
+precision.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -32,6 +32,7 @@ from torchvision.datasets import mnist
 import files
 from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, require_finite
 from files import UsageError
+from graphs import CapturedStep, replayable, settle
 from progress import Progress
 from settings import (
     Settings,
@@ -415,7 +416,8 @@ def train(
     DataLoader say; `schedule` steps after every batch. Losses and counts stay on the device until
     the epoch ends, and each is weighted by examples, so a short last batch counts for what it is.
     With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
-    best validation accuracy is that many epochs old. Ctrl-C ends it after the last whole epoch.
+    best validation accuracy is that many epochs old. Ctrl-C ends it after the last epoch that was
+    saved, or the last whole one. On a GPU graphs.py replays the steps, where they can be.
     """
     classes = check_fit(model, batches, run)
     check_fit(model, validation, run)
@@ -427,11 +429,13 @@ def train(
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
         parts["random"] = Draws(batches)
-        others = dict(validation=validation, loss=loss_function, graphs=run.graphs)
+        others = dict(validation=validation, loss=loss_function)
         others["precision"] = dtype_name(run.precision)
         facts = facts_of(**parts, epochs=epochs, batches=batches, **others)
         history = History(*checkpoint.start(parts, facts))
     history.planned = epochs
+    graphs = run.graphs and replayable(optimizer, schedule)
+    settle(optimizer, graphs)
     forward = model if world() == 1 else nn.parallel.DistributedDataParallel(model)
 
     def step(images: Tensor, labels: Tensor) -> None:
@@ -444,8 +448,8 @@ def train(
         scaler.update()
         _tally(totals, logits, labels, loss)
 
-    if run.graphs:
-        step = CapturedStep(step, optimizer)
+    if graphs:
+        step = CapturedStep(step)
     batch_size = getattr(batches, "batch_size", None)
     with guarded(history, optimizer, batch_size, checkpoint) as interrupted:
         for epoch in range(len(history) + 1, epochs + 1):
@@ -475,7 +479,8 @@ def train(
             history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
             progress.epoch(history)
             if checkpoint and rank() == 0:
-                checkpoint.save(history, history.made, images[:2])
+                last = epoch == epochs or plateaued(history, patience)
+                checkpoint.save(history, history.made, images[:2], last)
     progress.plot(history)
     return history
 
@@ -565,44 +570,6 @@ def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: floa
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, peak, total_steps=epochs * len(batches), cycle_momentum=False
     )
-
-
-class CapturedStep:
-    """A training step, replayed as a CUDA graph: one launch takes the place of hundreds.
-
-    That is what a small batch spends its time on. Each shape of batch has three ordinary steps,
-    then its own graph: the short last one, too, and images that grow (`recipes.Resized`). The
-    recording is part of an epoch's seconds.
-    """
-
-    def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
-        self.step, self.seen, self.graphs = step, Counter(), {}
-        optimizer._warned_capturable_if_run_uncaptured = True  # as the warm-up does, knowingly
-        self.stream = torch.cuda.Stream()
-        for group in optimizer.param_groups:  # what a graph reads must lie on the device
-            group["lr"] = torch.as_tensor(group["lr"], device=group["params"][0].device)
-            if "capturable" in group:
-                group["capturable"] = True
-
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        shape = images.shape
-        if shape not in self.graphs and self.seen[shape] == 3:
-            kept = images.clone(), labels.clone()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, runs nothing
-                self.step(*kept)
-            self.graphs[shape] = graph, *kept
-        if shape in self.graphs:
-            graph, kept_images, kept_labels = self.graphs[shape]
-            kept_images.copy_(images)
-            kept_labels.copy_(labels)
-            graph.replay()
-            return
-        self.seen[shape] += 1
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # as the recording will, away from the default stream
-            self.step(images, labels)
-        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def clock(run: Settings) -> float:

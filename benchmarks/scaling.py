@@ -31,7 +31,7 @@ import utils  # noqa: E402
 
 def measure(steps: int, width: int) -> None:
     """One process's part of a round; the first prints images per second, all processes together."""
-    run = utils.settings(environ={**os.environ, "PROFILE": "quick"})
+    run = utils.settings(graphs=False, environ={**os.environ, "PROFILE": "quick"})
     torch.manual_seed(0)
     model = report.notebook_definitions("imageclassification.ipynb").CifarResNet(width)
     model = model.to(run.device, memory_format=torch.channels_last)

@@ -399,10 +399,10 @@ def main() -> None:
         "--budget", type=float, default=2400, help="seconds that A may train for a score"
     )
     parser.add_argument("--only", metavar="MODEL", help="measure one model, keep FILE's other rows")
-    parser.add_argument("--graphs", action="store_true", help="on CUDA, replay steps as graphs")
+    parser.add_argument("--no-graphs", action="store_true", help="on CUDA, ordinary steps for B")
     options = parser.parse_args()
     profile = "quick" if options.quick else "full"
-    run = utils.settings(graphs=options.graphs, environ={**os.environ, "PROFILE": profile})
+    run = utils.settings(graphs=not options.no_graphs, environ={**os.environ, "PROFILE": profile})
     print(run, flush=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     rows, found = [], tasks(run, 16 if options.quick else 64)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import graphs
 import recipes
 import utils
 from settings import best_precision
@@ -117,7 +118,7 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
             seen.append((images.clone(), labels.clone()))
 
     @contextlib.contextmanager
-    def recording(graph):
+    def recording(graph, **options):
         recorded.append(graph)
         yield
         recorded.append(None)
@@ -137,9 +138,8 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    captured = utils.CapturedStep(step, optimizer)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    captured = graphs.CapturedStep(step)
     sizes = [4, 4, 4, 4, 2, 4, 6, 6, 6, 6, 4, 6]  # a short one, and images that have grown
     batches = [(torch.full((n, 1), place), torch.full((n,), n)) for place, n in enumerate(sizes)]
     for batch in batches:
@@ -147,8 +147,36 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     assert len(tapes) == 2 and len(seen) == len(batches)
     for (images, labels), (x, y) in zip(seen, batches, strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
+
+
+def test_only_a_step_that_reads_the_device_is_replayed():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    adamw = torch.optim.AdamW([weight], 0.1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    assert graphs.replayable(adamw, None)
+    assert graphs.replayable(adamw, utils.one_cycle(adamw, [1], 9, 1))
+    assert not graphs.replayable(adamw, cycle(adamw, 1, total_steps=9))  # it turns the momentum
+    assert not graphs.replayable(torch.optim.SGD([weight], 0.1), None)  # reads its rate in Python
+
+
+def test_an_optimizer_goes_on_with_graphs_and_without():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], 0.1)
+    weight.square().sum().backward()
+    optimizer.step()
+    graphs.settle(optimizer, replayed=True)
     group = optimizer.param_groups[0]
-    assert isinstance(group["lr"], torch.Tensor) and group["capturable"]
+    assert group["capturable"] and isinstance(group["lr"], torch.Tensor)
+    saved = optimizer.state_dict()  # as a checkpoint of a GPU has it
+    other = torch.optim.AdamW([weight], 0.1)
+    other.load_state_dict(saved)
+    with pytest.raises(AssertionError, match="capturable"):
+        other.step()  # on a CPU
+    graphs.settle(other, replayed=False)
+    other.step()
+    group = other.param_groups[0]
+    assert not group["capturable"] and group["lr"] == pytest.approx(0.1)
+    assert other.state[weight]["step"] == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
@@ -156,8 +184,8 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
 def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon):
     """On a GPU: 20 steps of full batches and a short one each epoch, which some atomics blur."""
     losses = {}
-    for graphs in (False, True):
-        run = utils.settings(graphs=graphs, environ={"PROFILE": "quick"})
+    for replayed in (False, True):
+        run = utils.settings(graphs=replayed, environ={"PROFILE": "quick"})
         torch.manual_seed(0)
         model = classification.DigitNet(8) if muon else classification.MnistCNN(4)
         model = model.to(run.device, memory_format=torch.channels_last)
@@ -170,7 +198,7 @@ def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon
         schedule = recipes.linear_decay(optimizer, batches, 5)
         validation = utils.Batches(digits[1], 500, run)
         history = utils.train(model, optimizer, batches, validation, 5, run, schedule)
-        losses[graphs] = [e.loss for e in history]
+        losses[replayed] = [e.loss for e in history]
     assert losses[True] == pytest.approx(losses[False], rel=0.1)
     assert losses[True][-1] < losses[True][0] / 2
 

@@ -1,0 +1,91 @@
+"""Training steps replayed as CUDA graphs, and an optimizer made ready for that, or not.
+
+A graph is a recording of what a step launches on the GPU; its Python runs while it is recorded and
+never again. `utils.train` asks whether a run may have one, and uses it as it would the step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from files import UsageError, reason
+
+
+def replayable(optimizer: torch.optim.Optimizer, schedule) -> bool:
+    """Whether a recording would keep on learning as the step does.
+
+    The optimizer must read its numbers from the device (be `capturable`, as AdamW and Muon can),
+    and the schedule rewrite nothing but learning rates.
+    """
+    able = all(group.get("capturable") is not None for group in optimizer.param_groups)
+    return able and not getattr(schedule, "cycle_momentum", False)
+
+
+def settle(optimizer: torch.optim.Optimizer, replayed: bool) -> None:
+    """Keep learning rates and counts of steps where graphs read them, or where plain steps do.
+
+    Whatever the run was trained with before: a checkpoint made with graphs goes on without, on a
+    CPU say, and the other way round.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        rate = group.get("lr", 0.0)
+        group["lr"] = torch.as_tensor(rate, device=device) if replayed else float(rate)
+        if "capturable" in group:
+            group["capturable"] = replayed
+        on_device = replayed or group.get("fused")
+        for state in (optimizer.state.get(weight, {}) for weight in group["params"]):
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(device if on_device else "cpu")
+    optimizer._warned_capturable_if_run_uncaptured = replayed  # as the first steps do, knowingly
+
+
+class CapturedStep:
+    """A training step, replayed as a CUDA graph: one launch takes the place of hundreds.
+
+    That is what a small batch spends its time on. Each shape of batch has three ordinary steps,
+    then its own graph: the short last one, too, and images that grow (`recipes.Resized`). The
+    recording is part of an epoch's seconds. Losses and layers that ask for a value, or draw from
+    Python's generators, can't be replayed: `utils.settings(graphs=False)` is for them.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor], None]):
+        self.step, self.seen, self.graphs = step, Counter(), {}
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        shape = images.shape
+        if shape not in self.graphs and self.seen[shape] == 3:
+            self.graphs[shape] = self.record(images.clone(), labels.clone())
+        if shape in self.graphs:
+            graph, kept_images, kept_labels = self.graphs[shape]
+            kept_images.copy_(images)
+            kept_labels.copy_(labels)
+            graph.replay()
+            return
+        self.seen[shape] += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.stream):  # as a recording: away from the default stream
+                self.step(images, labels)
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, images: Tensor, labels: Tensor):
+        """(graph, images, labels): what a replay reads, and does. Nothing is run."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                self.step(images, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UsageError(
+                f"The training step can't be recorded as a CUDA graph ({reason(error)}): use "
+                "utils.settings(graphs=False)."
+            ) from None
+        return graph, images, labels
