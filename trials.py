@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -49,12 +50,10 @@ class Variant:
     make: Callable[[], nn.Module]
     batches: utils.Batches
     peak: float
-    cycle: bool = True  # one cycle of the learning rate; or else it stays at the peak
     muon: bool = False  # Muon, in place of AdamW
-    falling: bool | None = None  # in a line to 0; None: Muon's rate does, AdamW's does not
+    schedule: Literal["cycle", "line", "constant"] | None = None  # None: Muon's line, AdamW's cycle
     smoothing: float = 0.0  # of the labels
-    views: bool = False  # score the mean of several views of each image
-    mirror: bool | None = None  # mirrored views, too; None: where training mirrors images
+    views: Callable[[nn.Module], nn.Module] | None = None  # what is scored, recipes.Views say
     loss: Callable = F.cross_entropy  # or a function of (scores, labels, ignore_index)
 
 
@@ -110,10 +109,8 @@ def _plan(variant: Variant) -> dict:
         batch_size=variant.batches.batch_size,
         learning_rate=variant.peak,
         parameters=report.parameters(variant.make()),
-        recipe=f"cycle {variant.cycle}, Muon {variant.muon}, smoothing {variant.smoothing}, "
-        f"views {variant.views}, {variant.batches.augmentation}"
-        + ("" if variant.falling is None else f", falling {variant.falling}")
-        + ("" if variant.mirror is None else f", mirror {variant.mirror}")
+        recipe=f"Muon {variant.muon}, {_schedule(variant)}, smoothing {variant.smoothing}, "
+        f"views {getattr(variant.views, 'keywords', variant.views)}, {variant.batches.augmentation}"
         + ("" if variant.loss is F.cross_entropy else f", {variant.loss.__name__}"),
     )
 
@@ -140,8 +137,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         histories.append(history)
         scores.append(history[-1].validation_accuracy)
         if variant.views:
-            mirror = batches.flip if variant.mirror is None else variant.mirror
-            scores[-1] = utils.test(recipes.Views(model, mirror), validation, run)
+            scores[-1] = utils.test(variant.views(model), validation, run)
         if data.labels.ndim == 3:
             of_pixels = utils.test_pixels(model, validation, len(data.classes), run)
             pixels.append(report.pixel_facts(of_pixels, data.classes))
@@ -178,12 +174,16 @@ def _optimizer(model: nn.Module, variant: Variant, epochs: int):
         optimizer = recipes.Muon(model, filters=peak)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
-    if variant.muon if variant.falling is None else variant.falling:
+    if _schedule(variant) == "line":
         return optimizer, recipes.linear_decay(optimizer, batches, epochs)
-    if not variant.cycle:
+    if _schedule(variant) == "constant":
         return optimizer, None
     peaks = [group["lr"] for group in optimizer.param_groups]
     return optimizer, utils.one_cycle(optimizer, batches, epochs, peaks)
+
+
+def _schedule(variant: Variant) -> str:
+    return variant.schedule or ("line" if variant.muon else "cycle")
 
 
 def keep(rows: Sequence[dict], folder: Path) -> None:

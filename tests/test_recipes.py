@@ -364,8 +364,8 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
 
     variants = {
         "AdamW": trials.Variant(make, batches, 1e-3),
-        "constant": trials.Variant(make, batches, 1e-3, cycle=False),
-        "Muon": trials.Variant(make, batches, 0.1, muon=True, smoothing=0.1, views=True),
+        "constant": trials.Variant(make, batches, 1e-3, schedule="constant"),
+        "Muon": trials.Variant(make, batches, 0.1, muon=True, smoothing=0.1, views=recipes.Views),
     }
     text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 2, quick)
     assert "On record" not in text and text.splitlines()[1].startswith("AdamW")
@@ -411,41 +411,38 @@ def test_the_dice_loss_is_of_overlaps_and_leaves_out_what_is_ignored():
     assert recipes.with_dice(scores, labels, utils.IGNORE) == loss
 
 
-def test_a_variants_rate_falls_or_goes_through_one_cycle(run, pictures):
+def test_a_variants_rate_falls_goes_through_one_cycle_or_stays(run, pictures):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
     plain = trials.Variant(None, utils.Batches(pictures, 20, run), 0.1)
     rates = {}
     for muon in (False, True):
-        for falling in (None, False, True):
-            variant = replace(plain, muon=muon, falling=falling)
-            optimizer, schedule = trials._optimizer(model, variant, 2)
-            rates[muon, falling] = optimizer.param_groups[0]["lr"]
+        for kind in (None, "cycle", "line"):
+            variant = replace(plain, muon=muon, schedule=kind)
+            optimizer, _ = trials._optimizer(model, variant, 2)
+            rates[muon, kind] = optimizer.param_groups[0]["lr"]
             assert isinstance(optimizer, recipes.Muon) == muon
             if muon:  # the rest has a rate of its own
-                first = 5e-3 / 25 if falling is False else 5e-3
+                first = 5e-3 / 25 if kind == "cycle" else 5e-3
                 assert optimizer.param_groups[1]["lr"] == pytest.approx(first)
     cycle, line = 0.1 / 25, 0.1
     assert list(rates.values()) == pytest.approx([cycle, cycle, line, line, cycle, line])
-    assert trials._optimizer(model, replace(plain, cycle=False), 2)[1] is None
+    assert trials._optimizer(model, replace(plain, schedule="constant"), 2)[1] is None
 
 
-def test_views_are_mirrored_where_training_is_or_as_the_variant_says(run, pictures, monkeypatch):
-    quick, asked = replace(run, quiet=True), []
+def test_a_variant_says_what_is_scored(run, pictures):
+    quick, scored = replace(run, quiet=True), []
 
-    def views(model, mirror):
-        asked.append(mirror)
-        return model
+    class Spied(recipes.Views):
+        def forward(self, images):
+            scored.append(self.mirror)
+            return super().forward(images)
 
-    monkeypatch.setattr(recipes, "Views", views)
-    for flip in (False, True):
-        batches = utils.Batches(pictures, 20, quick, shuffle=True, flip=flip)
-        for mirror in (None, False, True):
-            variant = trials.Variant(
-                lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
-                batches, 1e-3, views=True, mirror=mirror,
-            )  # fmt: skip
-            trials.compare("views?", {"one": variant}, batches, 1, quick, seeds=(0, 1))
-    assert asked[::2] == asked[1::2] == [False, False, True, True, False, True]
+    batches = utils.Batches(pictures, 20, quick, shuffle=True)
+    make = partial(nn.Sequential, nn.Flatten(), nn.Linear(3072, 10))
+    for views in (None, partial(Spied, mirror=False), Spied):
+        variant = trials.Variant(make, batches, 1e-3, views=views)
+        trials.compare("views?", {"one": variant}, batches, 1, quick, seeds=(0, 1))
+    assert scored == [False] * 4 + [True] * 4  # two batches and two seeds
 
 
 def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypatch):
