@@ -19,10 +19,11 @@ def replayable(optimizer: torch.optim.Optimizer, schedule) -> bool:
     """Whether a recording would keep on learning as the step does.
 
     The optimizer must read its numbers from the device (be `capturable`, as AdamW and Muon can),
-    and the schedule rewrite nothing but learning rates.
+    and the schedule, or one of those that it is made of, rewrite nothing but learning rates.
     """
     able = all(group.get("capturable") is not None for group in optimizer.param_groups)
-    return able and not getattr(schedule, "cycle_momentum", False)
+    schedules = schedule, *getattr(schedule, "_schedulers", ())
+    return able and not any(getattr(one, "cycle_momentum", False) for one in schedules)
 
 
 def settle(optimizer: torch.optim.Optimizer, replayed: bool) -> None:
@@ -31,17 +32,16 @@ def settle(optimizer: torch.optim.Optimizer, replayed: bool) -> None:
     Whatever the run was trained with before: a checkpoint made with graphs goes on without, on a
     CPU say, and the other way round.
     """
+    device = next(p.device for group in optimizer.param_groups for p in group["params"])
     for group in optimizer.param_groups:
-        device = group["params"][0].device
-        rate = group.get("lr", 0.0)
-        group["lr"] = torch.as_tensor(rate, device=device) if replayed else float(rate)
+        rate = float(group.get("lr", 0.0))
+        group["lr"] = torch.tensor(rate, device=device) if replayed else rate
         if "capturable" in group:
             group["capturable"] = replayed
         on_device = replayed or group.get("fused")
         for state in (optimizer.state.get(weight, {}) for weight in group["params"]):
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(device if on_device else "cpu")
-    optimizer._warned_capturable_if_run_uncaptured = replayed  # as the first steps do, knowingly
 
 
 class CapturedStep:
@@ -53,11 +53,17 @@ class CapturedStep:
     Python's generators, can't be replayed: `utils.settings(graphs=False)` is for them.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], None]):
+    def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
         self.step, self.seen, self.graphs = step, Counter(), {}
+        self.groups = optimizer.param_groups  # settled: their rates are what a graph reads
+        self.rates = [group["lr"] for group in self.groups]
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            if group["lr"] is not rate:  # some schedules put a number in its place
+                rate.fill_(group["lr"])
+                group["lr"] = rate
         shape = images.shape
         if shape not in self.graphs and self.seen[shape] == 3:
             self.graphs[shape] = self.record(images.clone(), labels.clone())
@@ -77,15 +83,16 @@ class CapturedStep:
 
     def record(self, images: Tensor, labels: Tensor):
         """(graph, images, labels): what a replay reads, and does. Nothing is run."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(images, labels)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # which a recording that fails does not
             raise UsageError(
-                f"The training step can't be recorded as a CUDA graph ({reason(error)}): use "
-                "utils.settings(graphs=False)."
+                "The training step can't be recorded as a CUDA graph "
+                f"({reason(error.__context__ or error)}): use utils.settings(graphs=False)."
             ) from None
         return graph, images, labels

@@ -449,7 +449,7 @@ def train(
         _tally(totals, logits, labels, loss)
 
     if graphs:
-        step = CapturedStep(step)
+        step = CapturedStep(step, optimizer)
     batch_size = getattr(batches, "batch_size", None)
     with guarded(history, optimizer, batch_size, checkpoint) as interrupted:
         for epoch in range(len(history) + 1, epochs + 1):

@@ -139,11 +139,16 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    captured = graphs.CapturedStep(step)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], 0.1)
+    graphs.settle(optimizer, replayed=True)
+    captured, rate = graphs.CapturedStep(step, optimizer), optimizer.param_groups[0]["lr"]
     sizes = [4, 4, 4, 4, 2, 4, 6, 6, 6, 6, 4, 6]  # a short one, and images that have grown
     batches = [(torch.full((n, 1), place), torch.full((n,), n)) for place, n in enumerate(sizes)]
-    for batch in batches:
+    for place, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 0.1 * place  # as a schedule may
         captured(*batch)
+        assert optimizer.param_groups[0]["lr"] is rate
+        assert float(rate) == pytest.approx(0.1 * place)
     assert len(tapes) == 2 and len(seen) == len(batches)
     for (images, labels), (x, y) in zip(seen, batches, strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
@@ -155,26 +160,30 @@ def test_only_a_step_that_reads_the_device_is_replayed():
     cycle = torch.optim.lr_scheduler.OneCycleLR
     assert graphs.replayable(adamw, None)
     assert graphs.replayable(adamw, utils.one_cycle(adamw, [1], 9, 1))
-    assert not graphs.replayable(adamw, cycle(adamw, 1, total_steps=9))  # it turns the momentum
+    turning = cycle(adamw, 1, total_steps=9)  # the momentum, too
+    assert not graphs.replayable(adamw, turning)
+    both = torch.optim.lr_scheduler.ChainedScheduler([turning], adamw)
+    assert not graphs.replayable(adamw, both)
     assert not graphs.replayable(torch.optim.SGD([weight], 0.1), None)  # reads its rate in Python
 
 
 def test_an_optimizer_goes_on_with_graphs_and_without():
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], 0.1)
+    groups = [dict(params=[]), dict(params=[weight])]
+    optimizer = torch.optim.AdamW(groups, 0.1)
     weight.square().sum().backward()
     optimizer.step()
     graphs.settle(optimizer, replayed=True)
-    group = optimizer.param_groups[0]
-    assert group["capturable"] and isinstance(group["lr"], torch.Tensor)
+    for group in optimizer.param_groups:
+        assert group["capturable"] and group["lr"].dtype == torch.float32
     saved = optimizer.state_dict()  # as a checkpoint of a GPU has it
-    other = torch.optim.AdamW([weight], 0.1)
+    other = torch.optim.AdamW([dict(params=[]), dict(params=[weight])], 0.1)
     other.load_state_dict(saved)
     with pytest.raises(AssertionError, match="capturable"):
         other.step()  # on a CPU
     graphs.settle(other, replayed=False)
     other.step()
-    group = other.param_groups[0]
+    group = other.param_groups[1]
     assert not group["capturable"] and group["lr"] == pytest.approx(0.1)
     assert other.state[weight]["step"] == 2
 
