@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 
 import matplotlib
 
@@ -140,9 +139,9 @@ def questions() -> str:
     return "\n\n".join(parts)
 
 
-def best_models(file: str = "best.json") -> str:
+def best_models() -> str:
     """The best models on all training images, beside their peer."""
-    return best.table(json.loads((BENCHMARKS / file).read_text(encoding="utf-8")))
+    return best.table(json.loads((BENCHMARKS / "best.json").read_text(encoding="utf-8")))
 
 
 def speed_ups() -> str:
@@ -175,7 +174,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "machines": machines,
     "questions": questions,
     "best": best_models,
-    "best_epyc": partial(best_models, "best_epyc.json"),
     "speed": speed_ups,
     "gpu": gpu,
     "faults": faults,
