@@ -1,0 +1,95 @@
+"""Training steps on a GPU that is not there: torch's fake tensors have a device, and no data.
+
+They refuse what a recording as a CUDA graph would: to mix devices, and to ask for a value. The
+backward pass is torch's alone, and can't be faked without a driver: zeros are the gradients.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import graphs
+import recipes
+import utils
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import steps  # noqa: E402
+
+GPU = torch.device("cuda", 0)
+CASES = steps.cases()
+
+
+@pytest.fixture
+def fake(run, monkeypatch):
+    """Settings of a GPU that multiplies bfloat16, inside the mode that fakes it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(utils.Dataset, "__post_init__", lambda self: None)  # asks for values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield dataclasses.replace(run, device=GPU, precision=torch.bfloat16, graphs=True)
+
+
+def step(model, optimizer, images, labels, loss_function, totals):
+    """What `utils.train` records, but for the backward pass; autocast is off without CUDA."""
+    logits = model(images)
+    loss = loss_function(logits, labels, ignore_index=utils.IGNORE)
+    optimizer.zero_grad()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    utils._tally(totals, logits, labels, loss)
+    return loss
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_stays_on_the_device(name, fake):
+    case, count = CASES[name], 20 if CASES[name].pixels else 10
+    data = steps.noise(3 * case.batch_size // 2, case.shape, count, case.pixels)
+    options = dict(case.options)
+    if case.batches is recipes.Composed:
+        options["layers"] = [steps.noise(len(data), s, 10) for s in ((1, 28, 28), case.shape)]
+    with GPU:
+        model = case.make().train()
+    if case.muon:
+        optimizer = recipes.Muon(model)
+    else:  # the notebooks' is fused, which torch can't fake
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    statistics = [[0.5] * case.shape[0], [0.25] * case.shape[0]]
+    batches = case.batches(data, case.batch_size, fake, statistics, shuffle=True, **options)
+    schedule = recipes.linear_decay(optimizer, batches, 1)
+    assert graphs.replayable(optimizer, schedule)
+    graphs.settle(optimizer, replayed=True)
+    totals, seen = torch.zeros(4, dtype=torch.float64, device=GPU), []
+    for images, labels in batches:
+        assert images.device == labels.device == GPU
+        assert step(model, optimizer, images, labels, case.loss, totals).device == GPU
+        schedule.step()
+        seen.append(len(images))
+    assert seen == [case.batch_size, case.batch_size // 2]
+    assert all(group["lr"].device == GPU for group in optimizer.param_groups)
+    averages = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
+    assert averages and {value.device for value in averages} == {GPU}
+
+
+def test_what_a_recording_would_refuse_is_refused_here(fake):
+    with GPU:
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        images, labels = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    totals = torch.zeros(4, dtype=torch.float64, device=GPU)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    graphs.settle(optimizer, replayed=True)
+    rest = model, optimizer
+
+    def asks(logits, labels, ignore_index):
+        return logits.mean() * logits.mean().item()
+
+    def mixes(logits, labels, ignore_index):
+        return (logits + torch.zeros(3, 2)).mean()
+
+    with pytest.raises(DataDependentOutputException):
+        step(*rest, images, labels, asks, totals)
+    with pytest.raises(RuntimeError, match="devices"):
+        step(*rest, images, labels, mixes, totals)
