@@ -152,6 +152,16 @@ def test_every_table_has_its_place():
         assert sorted(re.findall(mark, text)) == sorted(tables.BLOCKS)
 
 
+def test_the_pages_show_what_is_there(on_record):
+    assert (ROOT / "figures" / "scenes.png").read_bytes() == tables.scenes()
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        shown = re.findall(r"""["(](figures/[\w-]+\.png)""", text)
+        assert shown and all((ROOT / file).exists() for file in shown)
+    curves = {f"figures/{name}.png" for name in tables.WHAT}
+    assert set(shown) == curves, "of RESULTS.md"
+
+
 def test_a_changed_number_in_a_table_is_found():
     filled = tables.fill("before\n<!-- faults -->\n<!-- /faults -->\nafter")
     assert filled.startswith("before\n<!-- faults -->\n") and filled.endswith("-->\nafter")
