@@ -335,8 +335,13 @@ class Draws:
         random.setstate((version, tuple(numbers), gauss))
 
 
-def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | None = None) -> None:
-    """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite."""
+def require_finite(
+    epoch: int, step: int, totals: Tensor, model: nn.Module | None = None, scaler=None
+) -> None:
+    """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite.
+
+    Or if a GradScaler, which leaves steps of gradients that are not finite out, hardly took one.
+    """
     finite = int(totals[3])
     if finite < step:
         raise FloatingPointError(f"The loss of epoch {epoch}, step {finite + 1} is not finite")
@@ -344,6 +349,8 @@ def require_finite(epoch: int, step: int, totals: Tensor, model: nn.Module | Non
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise FloatingPointError(f"After epoch {epoch}, step {step}, {name} is not finite")
+    if scaler and scaler.is_enabled() and scaler.get_scale() < 2**-10:  # halved at each such step
+        raise FloatingPointError(f"In epoch {epoch} the gradients are not finite in float16")
 
 
 @contextlib.contextmanager

@@ -98,15 +98,17 @@ def orthogonal(matrix: Tensor, steps: int = 3, scale: float | Tensor = 1.0) -> T
     more end between 0.4 and 1.3 times `scale`; smaller ones grow forty times.
     What a step multiplies the matrix by is a polynomial of x x', M by M: the three are multiplied
     out there, and so is the division by the norm, whose square is the trace of x x'. The wide
-    matrix itself enters two products and nothing else. In bfloat16, and returned so, where the
-    hardware multiplies it natively.
+    matrix itself enters two products and nothing else. In the precision that the hardware
+    multiplies natively, and returned so.
     """
-    native = best_precision(matrix.device) == torch.bfloat16
-    x = matrix.to(torch.bfloat16 if native else torch.float32)
+    precision, least = best_precision(matrix.device), 1e-14
+    if precision == torch.float16:  # in whose range a gradient's products may vanish, or overflow
+        matrix, least = matrix / matrix.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7), 1e-4
+    x = matrix.to(precision)
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
     gram = x @ x.mT
-    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[..., None, None] + 1e-14
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[..., None, None] + least
     gram = (gram / square).to(x.dtype)
     product = factor = _factor(gram)
     for _ in range(steps - 1):

@@ -79,7 +79,7 @@ def training_flops(model: nn.Module, batches: Batches, epochs: int) -> float:
     channels, *shape = batches.dataset.images.shape[1:]
     size_of = getattr(batches, "side", None)  # recipes.Resized
     shapes = [[size_of(e)] * 2 if size_of else shape for e in range(1, epochs + 1)]
-    each = {tuple(s): multiply_adds(model, (channels, *s)) for s in shapes}
+    each = {s: multiply_adds(model, (channels, *s)) for s in set(map(tuple, shapes))}
     return 6.0 * len(batches.dataset) * sum(each[tuple(s)] for s in shapes)
 
 

@@ -140,8 +140,8 @@ def settings(
 ) -> Settings:
     """Read the README's variables from the environment; choose device and precision.
 
-    `graphs` are used on CUDA alone, by one process, and not in float16, whose steps wait for the
-    device.
+    `graphs` are used on CUDA alone, by one process, and not in float16, in which Muon's steps wait
+    for the device (AdamW's, fused, would not: nobody has tried).
 
     Of PICTURES and SCENES one is read: SCENES if it is set, but not by what has no `scenes`.
     """

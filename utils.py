@@ -471,7 +471,7 @@ def train(
             seconds = clock(run) - started
             add_up(totals)
             totals[3] /= world()
-            require_finite(epoch, number, totals, model)
+            require_finite(epoch, number, totals, model, scaler)
             share_buffers(model)
             score = test(model, validation, run)
             loss_sum, correct, count, _ = totals.tolist()

@@ -44,6 +44,19 @@ def test_orthogonal_is_three_steps_of_the_polynomial():
         assert (recipes.orthogonal(m) - steps).norm() / steps.norm() < 0.03  # bfloat16's rounding
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])  # whose squares leave float16's range
+def test_orthogonal_in_float16(monkeypatch, size):
+    matrix = size * torch.randn(24, 60, generator=utils.generator(0))
+    exact = recipes.orthogonal(matrix, scale=0.1).float()
+    monkeypatch.setattr(recipes, "best_precision", lambda device: torch.float16)
+    for m, ideal in ((matrix, exact), (matrix.T, exact.T)):
+        half = recipes.orthogonal(m, scale=0.1)
+        assert half.dtype == torch.float16
+        assert (half.float() - ideal).norm() < 0.03 * ideal.norm()  # where bfloat16 is the other
+    stack = recipes.orthogonal(torch.stack([matrix, torch.zeros_like(matrix)]), scale=0.1)
+    assert (stack[0].float() - exact).norm() < 0.03 * exact.norm() and not stack[1].any()
+
+
 def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classification):
     torch.manual_seed(0)
     model = classification.FastNet((8, 8, 8))

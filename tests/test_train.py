@@ -104,6 +104,19 @@ def test_float16_leaves_out_the_steps_that_overflow(run, optimizer_of, monkeypat
     assert late[-1].validation_accuracy > 90
 
 
+def test_gradients_that_are_never_finite_in_float16_end_the_run(run):
+    half = dataclasses.replace(run, precision=torch.float16)
+
+    def loss(logits, labels, ignore_index):
+        return logits.float().square().mean() + (logits.sum() * 0).sqrt()  # whose slope is not
+
+    model = small_model()
+    batches = utils.Batches(toy(), 5, run, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    with pytest.raises(utils.UsageError, match="^In epoch 1 the gradients are not finite in float"):
+        utils.train(model, optimizer, batches, batches, 2, half, loss_function=loss)
+
+
 def test_it_learns_and_the_history_says_so(run):
     model, history = fit(run, epochs=5)
     assert [e.epoch for e in history] == [1, 2, 3, 4, 5]
