@@ -47,8 +47,6 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
         partial.unlink(missing_ok=True)  # on a full disk, half a file is in the way
         raise
     if keep is not None and path.exists():
-        if keep.exists():
-            os.truncate(keep, 0)  # a mounted Drive may keep what is replaced, in its bin
         path.replace(keep)
     partial.replace(path)
     if os.name == "posix":  # the renames, too, have to reach the disk

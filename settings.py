@@ -108,6 +108,8 @@ class Settings:
         own = self.pictures or self.scenes
         folder = f"own/{own.resolve().name}" if own else self.kind or self.pick("", "", "short")
         every = 60.0 if self.device.type == "cuda" else 0.0  # there an epoch may take a second
+        if self.checkpoint_dir.is_relative_to("/content/drive"):  # Colab's: each file is uploaded,
+            every *= 10  # and what it replaces may stay in the Drive's bin, up to 250 MB a time
         return Checkpoint(self.checkpoint_dir / folder / f"{name}.pt", self.resume, every)
 
     def autocast(self) -> torch.autocast:

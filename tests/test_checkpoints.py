@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import checkpoints
-import files
 import report
 import settings
 import utils
@@ -732,14 +731,3 @@ def test_checkpoints_are_where_the_settings_say(tmp_path):
     drive = str(tmp_path / "drive")
     assert path(PROFILE="full", CHECKPOINT_DIR=drive) == tmp_path / "drive" / "mnist.pt"
     shutil.rmtree(tmp_path)
-
-
-def test_what_a_checkpoint_replaces_takes_no_room(tmp_path):
-    """A mounted Drive may keep it; here a second link does."""
-    path, previous = tmp_path / "run.pt", tmp_path / "run.pt.previous"
-    for number in (1, 2):
-        files.write_whole(path, bytes([number]) * 100, keep=previous)
-    (tmp_path / "bin").hardlink_to(previous)
-    files.write_whole(path, bytes([3]) * 100, keep=previous)
-    assert (tmp_path / "bin").stat().st_size == 0
-    assert path.read_bytes() == bytes([3]) * 100 and previous.read_bytes() == bytes([2]) * 100

@@ -1,5 +1,7 @@
 """The environment is read as the README says, and a mistake in it gets one clear sentence."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -30,6 +32,15 @@ def test_epochs_caps_the_profiles_number():
 def test_with_own_data_epochs_is_the_number(tmp_path):
     assert "at most 30 epochs" in str(choose(EPOCHS="30"))
     assert ", for 30 epochs" in str(choose(EPOCHS="30", PICTURES=str(tmp_path)))
+
+
+def test_checkpoints_are_saved_as_often_as_the_place_bears():
+    cpu = dataclasses.replace(choose(PROFILE="full"), device=torch.device("cpu"))
+    gpu = dataclasses.replace(cpu, device=torch.device("cuda"))
+    drive = choose(CHECKPOINT_DIR="/content/drive/MyDrive/vision/checkpoints").checkpoint_dir
+    assert cpu.checkpoint("a").every == 0 and gpu.checkpoint("a").every == 60
+    assert dataclasses.replace(gpu, checkpoint_dir=drive).checkpoint("a").every == 600
+    assert dataclasses.replace(cpu, checkpoint_dir=drive).checkpoint("a").every == 0
 
 
 @pytest.mark.parametrize("profile", ["Full", "fast", "1"])
