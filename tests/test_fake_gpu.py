@@ -105,3 +105,14 @@ def test_what_a_recording_would_refuse_is_refused_here(fake):
         step(*rest, images, labels, asks, totals)
     with pytest.raises(RuntimeError, match="devices"):
         step(*rest, images, labels, mixes, totals)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_counts_of_steps_lie_where_the_optimizer_reads_them(fake, fused, replayed):
+    weight = torch.nn.Parameter(torch.zeros(2, device=GPU))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    optimizer.state[weight]["step"] = torch.zeros((), device="cpu" if replayed else GPU)
+    graphs.settle(optimizer, replayed)
+    where = GPU if fused or replayed else torch.device("cpu")
+    assert optimizer.state[weight]["step"].device == where
