@@ -1,10 +1,14 @@
 """Every data set is real, repeatable, and apart from what it must be apart from."""
 
 import dataclasses
+import hashlib
+import pickle
 
+import numpy as np
 import pytest
 import requests
 import torch
+import torchvision
 from PIL import Image
 
 import owndata
@@ -284,3 +288,33 @@ def test_statistics_are_those_of_all_pixels(run):
     torch.testing.assert_close(
         torch.tensor(std).double(), pixels.std(1, correction=0), atol=1e-6, rtol=0
     )
+
+
+def test_cifar10_as_it_is_published(tmp_path, run, monkeypatch):
+    """In files of its format, whose checksums are taken for the published ones."""
+    cifar, draws = torchvision.datasets.CIFAR10, np.random.default_rng(0)
+    folder = tmp_path / "data" / cifar.base_folder
+    folder.mkdir(parents=True)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    written = []
+    for part in ("train_list", "test_list"):
+        known = []
+        for name, _ in getattr(cifar, part):
+            pixels = draws.integers(256, size=(4, 3, 32, 32), dtype=np.uint8)
+            labels = draws.integers(10, size=4).tolist()
+            written.append((pixels, labels))
+            known.append([name, write(name, dict(data=pixels.reshape(4, -1), labels=labels))])
+        monkeypatch.setattr(cifar, part, known)
+    names = [f"class {n}" for n in range(10)]
+    md5 = write(cifar.meta["filename"], dict(label_names=names))
+    monkeypatch.setattr(cifar, "meta", cifar.meta | dict(md5=md5))
+
+    full = dataclasses.replace(run, profile="full")
+    for dataset, parts in zip(utils.load_cifar10(full), (written[:5], written[5:]), strict=True):
+        assert dataset.source == "full" and list(dataset.classes) == names
+        assert np.array_equal(dataset.images, np.concatenate([pixels for pixels, _ in parts]))
+        assert dataset.labels.tolist() == [label for _, labels in parts for label in labels]

@@ -282,7 +282,7 @@ def test_flips_alternate(run):
     options = dict(shuffle=True, flip=True, sizes=(4,))
 
     def mirrored(epoch, **more):
-        batches = recipes.Resized(marks, 25, run, ([0.0], [1.0]), **options, **more)
+        batches = recipes.Resized(marks, 25, run, ([0.0], [1.0]), **options | more)
         batches.set_epoch(epoch)
         pixels = (255 * torch.cat([images for images, _ in batches])).round()
         assert sorted(pixels.amax((1, 2, 3)).tolist()) == list(range(1, 61))
@@ -291,6 +291,7 @@ def test_flips_alternate(run):
     one, two, three = (mirrored(epoch) for epoch in (1, 2, 3))
     assert one == three and one | two == set(range(1, 61)) and not one & two
     assert 15 < len(one) < 45 and one != mirrored(1, seed=1)
+    assert not mirrored(1, flip=False) | mirrored(2, flip=False)
     drawn = [mirrored(epoch, alternate=False) for epoch in (1, 2)]
     assert drawn[0] & drawn[1] and drawn[0] | drawn[1] != set(range(1, 61))
 
