@@ -116,3 +116,15 @@ def test_counts_of_steps_lie_where_the_optimizer_reads_them(fake, fused, replaye
     graphs.settle(optimizer, replayed)
     where = GPU if fused or replayed else torch.device("cpu")
     assert optimizer.state[weight]["step"].device == where
+
+
+def test_muon_steps_on_a_gpu_that_has_float16_alone(fake, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with GPU:
+        model = CASES["segmentation-2"].make()
+    optimizer = recipes.Muon(model)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()  # ordinary: a T4's steps are not replayed
+    assert recipes.orthogonal(torch.zeros(3, 4, 5, device=GPU)).dtype == torch.float16
+    assert all(weight.device == GPU for weight in model.parameters())
