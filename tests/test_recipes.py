@@ -304,6 +304,31 @@ def test_warped_batches_without_a_warp_are_plain_ones(run, pictures):
         assert torch.equal(labels, known)
 
 
+def test_a_warp_is_made_of_what_its_name_says_within_its_bounds(run, monkeypatch):
+    """The maps taken apart again: angle, slant, stretch of both sides, moves."""
+    images = torch.zeros(5000, 1, 8, 8, dtype=torch.uint8)
+    blank = utils.Dataset("blank", "sample", images, torch.arange(5000) % 2, ("a", "b"))
+    maps, grid = [], torch.nn.functional.affine_grid
+    monkeypatch.setattr(
+        recipes.F, "affine_grid", lambda m, *a, **o: maps.append(m) or grid(m, *a, **o)
+    )
+    list(recipes.Warped(blank, 500, run, ([0.0], [1.0]), degrees=12, stretch=0.1, move=2))
+    a, b, across, c, d, down = torch.cat(maps).flatten(1).T
+    angle, wide = torch.atan2(c, d), a / torch.atan2(c, d).cos()
+    radians = 12 * torch.pi / 180
+    parts = {
+        "angle": (angle, radians),
+        "slant": (b + wide * angle.sin(), radians),
+        "wide": (wide - 1, 0.1),
+        "high": (torch.hypot(c, d) - 1, 0.1),
+        "across": (across, 2 * 2 / 8),
+        "down": (down, 2 * 2 / 8),
+    }
+    for name, (part, bound) in parts.items():
+        assert 0.99 * bound < part.abs().max() < 1.0001 * bound, name
+        assert part.mean().abs() < 0.05 * bound, name
+
+
 def test_a_warp_moves_by_pixels_and_turns_by_degrees(run):
     image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     image[..., 10:18, 13:15] = 255  # a bar, upright
