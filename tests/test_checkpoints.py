@@ -90,10 +90,10 @@ def test_without_resume_a_run_starts_anew(uninterrupted, tmp_path):
 def test_a_dataloader_resumes_exactly_too(tmp_path):
     data = victim.toy()
 
-    def fit(folder, stop_after=None):
+    def fit(folder, stop_after=None, labels=data.labels):
         torch.manual_seed(0)
         run, network = victim.settings(folder), victim.model()
-        pairs = torch.utils.data.TensorDataset(data.images.float() / 128 - 1, data.labels)
+        pairs = torch.utils.data.TensorDataset(data.images.float() / 128 - 1, labels)
         loader = torch.utils.data.DataLoader(pairs, 24, shuffle=True)
         optimizer = torch.optim.SGD(network.parameters(), 0.05)
         checkpoint = run.checkpoint("toy")
@@ -105,6 +105,8 @@ def test_a_dataloader_resumes_exactly_too(tmp_path):
     whole = fit(tmp_path / "whole")
     with pytest.raises(victim.Stop):
         fit(tmp_path / "cut", stop_after=2)
+    with pytest.raises(utils.UsageError, match="SHA-256"):
+        fit(tmp_path / "cut", labels=data.labels.flip(0))
     for a, b in zip(whole.values(), fit(tmp_path / "cut").values(), strict=True):
         assert torch.equal(a, b)
 
