@@ -79,6 +79,24 @@ def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classi
             assert torch.equal(p, old[name])
 
 
+def test_muon_steps_by_the_averaged_gradient():
+    """Three steps by the formula: m a + g averages, Nesterov's look ahead, a norm of 1."""
+    draws = utils.generator(0)
+    layer = nn.Conv2d(3, 4, 3, bias=False)
+    optimizer = recipes.Muon(layer, filters=0.1, momentum=0.8)
+    expected, average = layer.weight.detach().clone(), torch.zeros(4, 3, 3, 3)
+    for _ in range(3):
+        gradient = torch.randn(4, 3, 3, 3, generator=draws)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        average = 0.8 * average + gradient
+        ahead = (gradient + 0.8 * average).permute(0, 2, 3, 1)
+        step = 0.1 * recipes.orthogonal(ahead.flatten(1)).float()
+        expected *= 4**0.5 / expected.norm()
+        expected -= step.view(4, 3, 3, 3).permute(0, 3, 1, 2)
+        torch.testing.assert_close(layer.weight.detach(), expected, rtol=0.01, atol=2e-3)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 2), (3, 2), (3, 3), (4, 4)])
 def test_a_convolution_of_small_maps_is_a_convolution(shape):
     torch.manual_seed(0)
