@@ -143,7 +143,9 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     graphs.settle(optimizer, replayed=True)
     captured, rate = graphs.CapturedStep(step, optimizer), optimizer.param_groups[0]["lr"]
     sizes = [4, 4, 4, 4, 2, 4, 6, 6, 6, 6, 4, 6]  # a short one, and images that have grown
-    batches = [(torch.full((n, 1), place), torch.full((n,), n)) for place, n in enumerate(sizes)]
+    batches = [
+        (torch.full((n, 1), place), torch.full((n,), place)) for place, n in enumerate(sizes)
+    ]
     for place, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = 0.1 * place  # as a schedule may
         captured(*batch)
