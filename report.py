@@ -78,9 +78,9 @@ def training_flops(model: nn.Module, batches: Batches, epochs: int) -> float:
     two forward ones, whatever the size of the images of each epoch."""
     channels, *shape = batches.dataset.images.shape[1:]
     size_of = getattr(batches, "side", None)  # recipes.Resized
-    shapes = [[size_of(e)] * 2 if size_of else shape for e in range(1, epochs + 1)]
-    each = {s: multiply_adds(model, (channels, *s)) for s in set(map(tuple, shapes))}
-    return 6.0 * len(batches.dataset) * sum(each[tuple(s)] for s in shapes)
+    shapes = [(size_of(e),) * 2 if size_of else tuple(shape) for e in range(1, epochs + 1)]
+    each = {s: multiply_adds(model, (channels, *s)) for s in set(shapes)}
+    return 6.0 * len(batches.dataset) * sum(each[s] for s in shapes)
 
 
 def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int:

@@ -5,8 +5,6 @@ backward pass is torch's alone, and can't be faked without a driver: zeros are t
 """
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import graphs
 import recipes
 import utils
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import steps  # noqa: E402
+from benchmarks import steps
 
 GPU = torch.device("cuda", 0)
 CASES = steps.cases()
@@ -127,4 +123,3 @@ def test_muon_steps_on_a_gpu_that_has_float16_alone(fake, monkeypatch):
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # ordinary: a T4's steps are not replayed
     assert recipes.orthogonal(torch.zeros(3, 4, 5, device=GPU)).dtype == torch.float16
-    assert all(weight.device == GPU for weight in model.parameters())
