@@ -95,7 +95,7 @@ def test_road_scenes_take_the_place_of_digits_on_pictures(tmp_path):
     out = run_notebook("imagesegmentation", tmp_path, SCENES=str(roads(tmp_path / "roads")))
     assert "roads (own): 13 images 3x32x32, label maps of 12 classes" in out
     assert "Segmentation: passed, or no threshold set" in out and "MNIST-on" not in out
-    assert out.count("best on the 20% split: segmentation-") == 2  # of the ladder, and of all
+    assert out.count("best on the validation set: segmentation-") == 2  # of the ladder, and of all
     records = report.load_records(tmp_path / "figures" / "own")
     assert len(records) == 5 and {record["dataset"] for record in records} == {"roads"}
 
