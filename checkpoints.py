@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +31,8 @@ from files import UsageError, reason, write_whole
 
 FORMAT = 1
 KEYS = {"format", "facts", "history", "made", "parts", "probe"}
+# what reading a damaged file raises
+DAMAGED = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, KeyError)
 
 
 class Checkpoint:
@@ -153,11 +156,11 @@ class Checkpoint:
                 state = self._read_one(path)
             except OSError as error:
                 problems.append(f"{path} cannot be read ({reason(error)})")
-            except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+            except DAMAGED as error:
                 problems.append(f"{path} is damaged ({reason(error)})")
             else:
-                for problem in problems:
-                    print(f"{problem}; going on from the one before it.")
+                if problems:
+                    print(f"{problems[0]}; going on from the one before it.")
                     self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
                 return state
         if problems:
@@ -202,7 +205,8 @@ def facts_of(model: nn.Module, optimizer, schedule, scaler, random, **others) ->
         trained = [names.get(id(p), "another") for p in group["params"] if p.requires_grad]
         passing = (*_IMPLEMENTATION, *(["lr"] if "initial_lr" in group else []))
         kept = {k: v for k, v in sorted(group.items()) if k not in passing}
-        kept |= {"lr": float(group["lr"])} if "lr" in kept else {}  # a tensor, for graphs
+        if "lr" in kept:  # for graphs a float32 tensor: as many digits as that has
+            kept["lr"] = float(f"{float(kept['lr']):.6g}")
         groups.append({**kept, "params": trained})
     facts = {
         **{name: _describe(value) for name, value in others.items()},
@@ -225,12 +229,17 @@ _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "decouple
 def _describe(value) -> str:
     """A setting as text: a function by its name and constants, a DataLoader by what it yields."""
     if isinstance(value, torch.utils.data.DataLoader):
-        kept = Draws(value).state_dict()
+        draws = Draws(value)
+        kept = draws.state_dict()
+        random.seed(0)
+        np.random.seed(0)
         torch.manual_seed(0)
-        images, labels = next(iter(value))
-        Draws(value).load_state_dict(kept)
-        digest = sha256(images.contiguous().numpy())
-        digest.update(labels.contiguous().numpy())
+        for generator in draws.generators:  # from where it began, wherever it is now
+            generator.manual_seed(generator.initial_seed())
+        images, labels = (part.cpu().contiguous().numpy() for part in next(iter(value)))
+        draws.load_state_dict(kept)
+        digest = sha256(images)
+        digest.update(labels)
         kinds = type(value.sampler).__name__, type(value.dataset).__name__
         return (
             f"{len(value)} batches of {value.batch_size}, {kinds}, {len(value.dataset)} examples, "
@@ -251,18 +260,16 @@ def _describe_schedule(schedule) -> str:
     if schedule is None:
         return "constant"
     state = {k: v for k, v in vars(schedule).items() if k not in _PROGRESS}
-    state = {k: v for k, v in state.items() if k[0] != "_" or k in _ONE_CYCLE}
+    state = {k: v for k, v in state.items() if k[0] != "_" or k in _CONSTANTS}
     functions = [_describe(f) for f in state.pop("lr_lambdas", [])]
+    functions += [_describe_schedule(part) for part in getattr(schedule, "_schedulers", ())]
     plain = (bool, int, float, str, list, tuple, dict)
     state = {k: v for k, v in state.items() if isinstance(v, plain)}
     return f"{type(schedule).__name__} {state} {functions}"
 
 
-_PROGRESS = ("optimizer", "last_epoch")
-_ONE_CYCLE = (
-    "_schedule_phases",
-    "_anneal_func_type",
-)  # all that matters of what is private
+_PROGRESS = ("optimizer", "last_epoch", "T_cur", "T_i")
+_CONSTANTS = ("_schedule_phases", "_anneal_func_type", "_milestones")  # that are private
 
 
 def _difference(there: str, here: str) -> str:

@@ -110,7 +110,11 @@ class _Folders(torchvision.datasets.ImageFolder):
     @staticmethod
     def make_dataset(directory, *others, **options):
         found = torchvision.datasets.ImageFolder.make_dataset(directory, *others, **options)
-        found = [(path, label) for path, label in found if not Path(path).name.startswith(".")]
+        found = [
+            (path, label)
+            for path, label in found
+            if not any(part[0] == "." for part in Path(path).relative_to(directory).parts)
+        ]
         deep = [path for path, _ in found if Path(path).parent.parent != Path(directory)]
         if deep:
             raise UsageError(
@@ -226,7 +230,7 @@ def _classes(
             f"There is one class only in the labels ({only}), beside {IGNORE}, which is ignored: "
             "number the classes 0, 1 and so on."
         )
-    highest = int(counted.max())
+    highest = min(int(counted.max()), IGNORE - 1)  # Dataset refuses what is higher
     return labels, tuple(classes or (f"class {number}" for number in range(highest + 1)))
 
 

@@ -39,7 +39,6 @@ class Muon(torch.optim.AdamW):
         filters: float = 0.1,
         others: float = 5e-3,
         momentum: float = 0.8,
-        weight_decay: float = 0.0,
     ):
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
         self.filters = [m.weight for m in convolutions if m.weight.requires_grad]
@@ -48,7 +47,7 @@ class Muon(torch.optim.AdamW):
         if not self.filters:
             raise UsageError(f"{type(model).__name__} has no convolution without a bias for Muon.")
         groups = [dict(params=self.filters, lr=filters, momentum=momentum), dict(params=rest)]
-        super().__init__(groups, others, betas=(0.9, 0.99), weight_decay=weight_decay)
+        super().__init__(groups, others, betas=(0.9, 0.99), weight_decay=0.0)
         self.defaults |= dict(filters=filters, momentum=momentum)
 
     @torch.no_grad()

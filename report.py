@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import recipes
-from files import UsageError, read_image, write_whole
+from files import UsageError, read_image, reason, write_whole
 from settings import ROOT, Settings, dtype_name, rank
 from utils import (
     IGNORE,
@@ -83,7 +83,7 @@ def training_flops(model: nn.Module, batches: Batches, epochs: int) -> float:
     return 6.0 * len(batches.dataset) * sum(each[s] for s in shapes)
 
 
-def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int:
+def receptive_field(model: nn.Module, size: int = 256) -> int:
     """Side, in pixels, of the square of the input that one output position depends on.
 
     Measured: the extent of the input's gradient at a central output of a fully convolutional
@@ -96,7 +96,7 @@ def receptive_field(model: nn.Module, channels: int = 3, size: int = 256) -> int
                 setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
         for parameter in module.parameters(recurse=False):
             nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
-    image = torch.ones(1, channels, size, size, dtype=torch.float64, requires_grad=True)
+    image = torch.ones(1, 3, size, size, dtype=torch.float64, requires_grad=True)
     output = probe(image)
     output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum().backward()
     touched = image.grad[0].sum(0).nonzero()
@@ -195,15 +195,15 @@ def save_record(record: dict, folder: Path) -> None:
         figure.savefig(folder / f"{record['run']}.png", dpi=120)
     except OSError as error:
         raise UsageError(
-            f"The record of {record['run']} cannot be written to {folder} ({error.strerror}): see "
+            f"The record of {record['run']} cannot be written to {folder} ({reason(error)}): see "
             "to it and run this cell again; the training is in its checkpoint."
         ) from None
 
 
 def gives_way(old: dict, new: dict) -> bool:
     """Whether what is on record is no better founded than what is new: no longer, for one."""
-    better = old["dataset"] == new["dataset"] and _worth(old) > _worth(new)
-    return not better and not (_other(new) and not _other(old))
+    same = (old["dataset"], _other(old)) == (new["dataset"], _other(new))
+    return not (same and _worth(old) > _worth(new)) and not (_other(new) and not _other(old))
 
 
 def _worth(record: dict) -> tuple:
@@ -341,7 +341,7 @@ def summary(records: Sequence[dict]) -> str:
         elsewhere = _elsewhere(record["run"])  # whose scores do not compare
         final = np.mean(record.get("finals", [record["final_accuracy"]]))  # over the seeds
         test = np.mean(record.get("tests", [record["official_test_accuracy"]]))
-        if record.get("planned_epochs", record["epochs"]) != record["epochs"]:
+        if record["planned_epochs"] != record["epochs"]:
             epochs += f"/{record['planned_epochs']}"
         lines.append(
             f"{record['run']:<17}{record['parameters']:>11,}"
@@ -463,7 +463,7 @@ def landmarks(record: dict) -> str:
 
 
 def show_class_scores(scores: PixelScores, classes: Sequence[str]) -> None:
-    """Accuracy and, for label maps, intersection over union of every class, as bars."""
+    """Accuracy and intersection over union of every class, of images or of pixels, as bars."""
     figure, axes = plt.subplots(figsize=(0.45 * len(classes) + 2, 3.4), layout="constrained")
     x = np.arange(len(classes))
     axes.bar(x - 0.2, scores.class_accuracy.numpy(), 0.4, color="#0072B2", label="accuracy")
@@ -527,7 +527,8 @@ def show_prediction(
 ) -> None:
     """The five likeliest classes of an image file of your own, or its label map over it.
 
-    The file, or an image uint8 (C, H, W), is brought to the size and the channels of `dataset`'s.
+    A file is brought to the size and the channels of `dataset`'s; a Tensor, uint8 (C, H, W), has
+    them.
     """
     channels, height, width = dataset.images.shape[1:]
     if not isinstance(picture, Tensor):

@@ -39,12 +39,12 @@ PHOTOGRAPHS = {  # the package's name of each, and ours
 
 
 @cache
-def load_photographs(train: int = 300, test: int = 100) -> tuple[Dataset, Dataset]:
+def load_photographs() -> tuple[Dataset, Dataset]:
     """32x32 patches of the photographs that scikit-image and scikit-learn ship: which is it from?
 
     Each photograph is dealt out in tiles of 64 pixels, a quarter of the tiles for testing, and a
-    patch lies within one tile; patches with almost no contrast are left out. `train` and `test`
-    count the patches per photograph; `groups` holds each patch's tile.
+    patch lies within one tile; patches with almost no contrast are left out. 300 patches of
+    each are for training, 100 for testing; `groups` holds each patch's tile.
     """
     patches, tiles, labels = ([], []), ([], []), ([], [])
     draws = generator(0)
@@ -52,7 +52,7 @@ def load_photographs(train: int = 300, test: int = 100) -> tuple[Dataset, Datase
         down, across = photograph.shape[1] // 64, photograph.shape[2] // 64
         order = torch.randperm(down * across, generator=draws)
         parts = order[len(order) // 4 :], order[: len(order) // 4]
-        for part, (mine, count) in enumerate(zip(parts, (train, test), strict=True)):
+        for part, (mine, count) in enumerate(zip(parts, (300, 100), strict=True)):
             tile = mine[torch.randint(len(mine), (20 * count,), generator=draws)]
             dy, dx = torch.randint(33, (2, len(tile)), generator=draws)
             rows = (tile // across * 64 + dy)[:, None, None] + torch.arange(32)[:, None]

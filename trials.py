@@ -30,7 +30,7 @@ import report
 import settings
 import utils
 from checkpoints import Checkpoint
-from files import UsageError, write_whole
+from files import UsageError, reason, write_whole
 
 QUESTIONS = {  # all that the notebooks ask, in words
     "mnist": "MNIST: batch, width, a ResBlock, the learning rate",
@@ -204,7 +204,7 @@ def keep(rows: Sequence[dict], folder: Path) -> None:
     except OSError as error:
         raise UsageError(
             f"The answers to {rows[0]['question']} cannot be written to {folder} "
-            f"({error.strerror}): see to it and run this cell again."
+            f"({reason(error)}): see to it and run this cell again."
         ) from None
 
 

@@ -134,6 +134,8 @@ def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset,
     number = groups.unique(return_inverse=True)[1]
     order = torch.randperm(int(number.max()) + 1, generator=generator(seed))
     held_out = torch.bincount(number)[order].cumsum(0) <= round(share * len(dataset))
+    if not held_out.any():
+        raise UsageError(f"{dataset.name} is too small to hold {share:.0%} of it out.")
     chosen = torch.zeros(len(order), dtype=torch.bool)
     chosen[order[held_out]] = True
     chosen = chosen[number]
@@ -616,12 +618,12 @@ def test(model: nn.Module, batches: Iterable, run: Settings) -> float:
 
 @dataclass(frozen=True)
 class PixelScores:
-    """Scores of label maps, in percent; a class that is nowhere is NaN and not in the mean."""
+    """Scores of the labels of pixels, or images, in percent; a class that is nowhere is NaN."""
 
-    accuracy: float  # of all pixels
-    class_accuracy: Tensor  # (classes,) of the pixels that are the class
+    accuracy: float  # of all labels
+    class_accuracy: Tensor  # (classes,) of the labels that are the class
     class_iou: Tensor  # (classes,) intersection over union
-    mean_iou: float
+    mean_iou: float  # of the classes that are somewhere
     confusion: Tensor  # int64 (classes, classes): rows are the truth
 
 
@@ -630,6 +632,9 @@ def test_pixels(model: nn.Module, batches: Iterable, classes: int, run: Settings
     """Every per-pixel score from one confusion matrix, counted on the device."""
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     for logits, labels in _outputs(model, batches, run):
+        if logits.shape[1] > classes:
+            more = f"{logits.shape[1]} classes, where {classes} are scored"
+            raise UsageError(f"{type(model).__name__} gives scores for {more}.")
         confusion += confusion_matrix(labels, logits.argmax(1), classes)
     add_up(confusion)
     return pixel_scores(confusion.cpu())

@@ -176,7 +176,7 @@ def airbench94(folder: Path, run: settings.Settings, seed: int = 0) -> dict:
             parts = dict(images=images, labels=data.labels, classes=data.classes)
             torch.save(parts, Path(place, "cifar10", f"{part}.pt"))
         command = [sys.executable, "run.py"]
-        done = subprocess.run(command, cwd=place, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=place, check=True, stdout=subprocess.PIPE, text=True)
     *_, before, last = re.findall(r"^\|.*\d.*\|$", done.stdout, re.MULTILINE)
     *_, seconds = (cell.strip() for cell in before.strip("|").split("|"))
     *_, score, _ = (cell.strip() for cell in last.strip("|").split("|"))

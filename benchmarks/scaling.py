@@ -55,7 +55,7 @@ def round_of(processes: int, options) -> float:
         command += [*launcher, str(processes)]
     command += [__file__, "--measure", "--steps", str(options.steps), "--width", str(options.width)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 

@@ -87,9 +87,6 @@ class Task:
     validation: utils.Dataset
     moved: bool  # whether side B flips and moves the images, as the notebooks do
 
-    def head(self, part: utils.Dataset, count: int) -> utils.Dataset:
-        return part.subset(torch.arange(count) % len(part))
-
 
 class Plain:
     """Side A: the write-up's recipe as most people write it."""
@@ -100,14 +97,10 @@ class Plain:
         self.model = task.make(task.width).to(run.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         facts = task.training.statistics()
-        part, training, validation = (
-            training,
-            PlainData(training, facts),
-            PlainData(validation, facts),
-        )
-        self.batches = self.unmoved = DataLoader(training, task.batch_size, shuffle=True)
-        self.moved = DataLoader(PlainData(part, facts, moved=True), task.batch_size, shuffle=True)
-        self.validation = DataLoader(validation, task.batch_size)
+        plain, moved = (PlainData(training, facts, moved=moved) for moved in (False, True))
+        self.batches = self.unmoved = DataLoader(plain, task.batch_size, shuffle=True)
+        self.moved = DataLoader(moved, task.batch_size, shuffle=True)
+        self.validation = DataLoader(PlainData(validation, facts), task.batch_size)
 
     def train(self) -> float:
         """One epoch; returns its seconds."""
@@ -223,12 +216,17 @@ def compare(task: Task, metric: str, a: list[float], b: list[float], unit: str):
     )
 
 
+def head(part: utils.Dataset, count: int) -> utils.Dataset:
+    """The first examples of a part, from its start again where it has too few."""
+    return part.subset(torch.arange(count) % len(part))
+
+
 def throughput(task: Task, run: settings.Settings, rounds: int) -> list[dict]:
     """Training, evaluation and input speed of both sides in turn, and the memory they take."""
     steps = STEPS.get(task.name, 4) * (ON_CUDA if run.device.type == "cuda" else 1)
     count = steps * task.batch_size
-    training = task.head(task.training, count)
-    validation = task.head(task.validation, min(count, 1000))
+    training = head(task.training, count)
+    validation = head(task.validation, min(count, 1000))
     sides = [side(task, training, validation, run) for side in (Plain, Ours)]
     memory = [[peak_memory(side.train, run)] for side in sides]  # in the warm-up round
     times = {m: ([], []) for m in ("training", "evaluation", "input", "input, moved")}

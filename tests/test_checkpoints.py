@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import random
 import shutil
 import signal
 import tempfile
@@ -138,8 +139,43 @@ def test_a_loader_with_its_own_generator_resumes_exactly(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("draws", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_the_same_loader_goes_on_after_an_interruption(draws, tmp_path):
+    """Its own generator has moved on since it began, and so have numpy's and Python's."""
+    run, network, data = victim.settings(tmp_path), victim.model(), victim.toy()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
+
+    def moved(pairs):
+        images, labels = torch.utils.data.default_collate(pairs)
+        return images + 0.01 * draws(), labels
+
+    pairs = torch.utils.data.TensorDataset(data.images.float() / 128 - 1, data.labels)
+    options = dict(shuffle=True, collate_fn=moved, generator=torch.Generator().manual_seed(5))
+    loader = torch.utils.data.DataLoader(pairs, 24, **options)
+    checkpoint = run.checkpoint("toy")
+    victim.stop_after_epoch(checkpoint, 2)
+    with pytest.raises(victim.Stop):
+        utils.train(network, optimizer, loader, loader, 4, run, checkpoint=checkpoint)
+    again = run.checkpoint("toy")
+    assert len(utils.train(network, optimizer, loader, loader, 4, run, checkpoint=again)) == 4
+    other = torch.utils.data.DataLoader(
+        pairs, 24, **{**options, "generator": torch.Generator().manual_seed(6)}
+    )
+    with pytest.raises(utils.UsageError, match="SHA-256"):
+        utils.train(network, optimizer, other, other, 4, run, checkpoint=again)
+
+
 def lambda_schedule(base):
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, base)
+
+
+def two_schedules(first, gamma):
+    def make(optimizer):
+        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=first)
+        decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [first])
+
+    return make
 
 
 OTHER_LOADERS = [
@@ -157,6 +193,8 @@ OTHER_LOADERS = [
         dict(schedule=lambda_schedule(lambda step: 0.9**step)),
         dict(schedule=lambda_schedule(lambda step: 0.8**step)),
     ),
+    ("schedule", dict(schedule=two_schedules(10, 0.9)), dict(schedule=two_schedules(10, 0.8))),
+    ("schedule", dict(schedule=two_schedules(10, 0.9)), dict(schedule=two_schedules(15, 0.9))),
 ]
 
 
@@ -276,6 +314,32 @@ def test_another_version_of_torch_is_no_other_run():
     assert before != checkpoints._describe_schedule(utils.one_cycle(optimizer, range(10), 4, 0.1))
 
 
+def test_where_a_schedule_is_makes_no_other_run():
+    optimizer = torch.optim.SGD(victim.model().parameters(), 0.1)
+    schedules = torch.optim.lr_scheduler
+    for schedule in (
+        schedules.CosineAnnealingWarmRestarts(optimizer, 2, T_mult=2),
+        two_schedules(3, 0.9)(optimizer),
+    ):
+        before = checkpoints._describe_schedule(schedule)
+        for _ in range(5):
+            optimizer.step()
+            schedule.step()
+        assert checkpoints._describe_schedule(schedule) == before
+
+
+def test_a_learning_rate_that_a_graph_made_a_tensor_is_the_same():
+    def optimizer_fact(rate):
+        network = victim.model()
+        optimizer = torch.optim.AdamW(network.parameters(), 0.1, fused=True)
+        optimizer.param_groups[0]["lr"] = rate
+        scaler, draws = torch.amp.GradScaler("cpu", enabled=False), checkpoints.Draws()
+        return checkpoints.facts_of(network, optimizer, None, scaler, draws)["optimizer"]
+
+    assert optimizer_fact(0.001) == optimizer_fact(torch.tensor(0.001))
+    assert optimizer_fact(0.001) != optimizer_fact(torch.tensor(0.00101))
+
+
 def test_other_data_is_refused(tmp_path, tally):
     stopped(tmp_path, 2)
     data = victim.toy()
@@ -357,6 +421,18 @@ def test_the_one_before_takes_over_from_a_damaged_checkpoint(
     (tmp_path / "toy.pt").write_bytes(content)
     _, digest = victim.fit(tmp_path)
     assert "toy.pt is damaged (a checksum is wrong); going on" in capsys.readouterr().out
+    tally.add("faults", survived=digest == uninterrupted)
+
+
+def test_the_one_before_takes_over_where_unpacking_fails(uninterrupted, tmp_path, tally, capsys):
+    stopped(tmp_path, 4)
+    content = bytearray((tmp_path / "toy.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "toy.pt") as archive:
+        directory = archive.start_dir
+    content[directory + 10] ^= zipfile.ZIP_DEFLATED  # the first member's method: it is stored
+    (tmp_path / "toy.pt").write_bytes(content)
+    _, digest = victim.fit(tmp_path)
+    assert "toy.pt is damaged (Error -3" in capsys.readouterr().out
     tally.add("faults", survived=digest == uninterrupted)
 
 

@@ -53,6 +53,12 @@ def test_split_keeps_groups_together():
     assert (len(training), len(validation)) == (80, 20)
 
 
+@pytest.mark.parametrize("groups", [None, torch.zeros(2)])
+def test_what_is_too_small_to_split_is_refused(groups):
+    with pytest.raises(utils.UsageError, match="toy is too small to hold 20% of it out"):
+        utils.split(toy(2, groups=groups))
+
+
 # ---- the samples
 
 

@@ -372,6 +372,12 @@ def test_an_idx_file_that_is_not_whole_is_refused(name, damage, copy, run, tally
     tally.add("faults")
 
 
+def test_an_idx_file_of_nothing_is_refused(tmp_path):
+    (tmp_path / "labels").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 0]))
+    with pytest.raises(utils.UsageError, match="labels holds nothing: delete it"):
+        files.check_idx(tmp_path / "labels", 1)
+
+
 def test_idx_files_of_two_counts_are_refused(copy, run, tally):
     raw = copy / "MNIST" / "raw"
     (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
@@ -637,6 +643,13 @@ def test_npz_in_three_layouts(tmp_path):
         dataset = owndata.load_npz(tmp_path / f"{layout}.npz", "mine", ("a", "b"))
         expected = images[:, :1] if layout == "grey" else images
         assert (dataset.images.numpy() == expected).all() and dataset.labels.dtype == torch.int64
+
+
+def test_npz_labels_are_no_measure_of_memory(tmp_path):
+    labels = np.array([0, 1, 0, 2**32 - 1], dtype=np.uint32)  # "ignore", to some
+    np.savez(tmp_path / "mine.npz", images=np.zeros((4, 8, 8), np.uint8), labels=labels)
+    with pytest.raises(utils.UsageError, match="1 labels are out of range 0 to 254, 4294967295"):
+        owndata.load_npz(tmp_path / "mine.npz", "mine")
 
 
 @pytest.mark.parametrize(

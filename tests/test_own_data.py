@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -211,6 +212,8 @@ def test_pictures_a_folder_too_deep_are_no_class(tmp_path):
 def test_hidden_files_are_no_pictures(tmp_path):
     folder = handwriting(tmp_path / "letters", count=5)
     (folder / "a" / "._1.jpg").write_bytes(b"what macOS keeps beside a file")
+    (folder / "a" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(folder / "a" / "1.png", folder / "a" / ".ipynb_checkpoints" / "1-checkpoint.png")
     training, test = owndata.load_pictures(folder, size=32)
     assert len(training) + len(test) == 15
 
@@ -230,10 +233,12 @@ def test_a_torchvision_data_set_in_one_line():
     assert scenes.labels.shape == (10, 32, 32) and scenes.classes == ("class 0", "class 1")
 
 
-def test_the_environment_sets_what_the_settings_cell_shows(tmp_path):
+def test_the_environment_sets_what_the_settings_cell_shows(tmp_path, monkeypatch):
     run = utils.settings(environ={"THRESHOLD": "85.5", "SCENES": str(tmp_path), "SIZE": "96"})
     assert run.threshold(70.0) == 85.5 and run.scenes == tmp_path and run.size == 96
     assert run.figures.name == "own" and str(tmp_path) in str(run)
+    monkeypatch.chdir(tmp_path)
+    assert utils.settings(environ={"SCENES": "."}).scenes == tmp_path  # which has a name
     run = utils.settings(environ={})
     assert run.threshold(70.0) == 70.0 and run.flip and run.resume and run.my_picture is None
     (tmp_path / "cat.png").touch()

@@ -74,6 +74,8 @@ def test_a_full_record_and_one_of_more_seeds_do_not_give_way(recorded):
     assert not report.gives_way(full, short) and report.gives_way(short, full)
     assert not report.gives_way(seeds, full) and report.gives_way(full, seeds)
     assert report.gives_way(seeds, {**full, "epochs": 2})
+    fashion = {**recorded, "epochs": 9, "source": utils.NOT_PUBLISHED}
+    assert report.gives_way(fashion, {**recorded, "source": "full"})  # MNIST by name only
 
 
 def test_results_that_cannot_be_read_or_written_get_a_sentence(recorded, tmp_path, monkeypatch):
@@ -84,6 +86,13 @@ def test_results_that_cannot_be_read_or_written_get_a_sentence(recorded, tmp_pat
     file.unlink()
     with pytest.raises(utils.UsageError, match="cannot be written .*the training is in its check"):
         report.save_record(recorded, tmp_path / "figures" / "quick" / "mnist.png")
+
+    def full_disk(*arguments, **options):
+        raise OSError("encoder error -2 when writing image file")  # Pillow's, without an errno
+
+    monkeypatch.setattr(plt.Figure, "savefig", full_disk)
+    with pytest.raises(utils.UsageError, match=r"quick \(encoder error -2"):
+        report.save_record(recorded, file.parent)
 
 
 def test_a_figure_is_drawn_from_its_record_alone(recorded):

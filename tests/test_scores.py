@@ -95,6 +95,13 @@ def test_a_class_that_is_only_guessed_counts_as_nought():
     assert scores.class_accuracy[0] == 50.0 and scores.class_accuracy[1].isnan()
 
 
+def test_a_model_of_more_classes_than_are_scored_is_refused(run):
+    dataset, logits = maps()
+    batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
+    with pytest.raises(utils.UsageError, match="Answers gives scores for .* are scored"):
+        utils.test_pixels(Answers(logits, 16), batches, logits.shape[1] - 1, run)
+
+
 def test_share_of_correct_pixels_is_the_same_either_way(run):
     dataset, logits = maps()
     batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
