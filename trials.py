@@ -68,24 +68,24 @@ def compare(
 ) -> str:
     """Train every variant from every seed and return a table, a line a variant.
 
-    Scores are of the 20% split after the last epoch, mean and sample standard deviation over the
-    seeds, by default three, in the quick profile two; `jitter` is the mean change of the score from
-    one epoch to the next in the second half. For label maps the mean IoU stands beside them.
+    Scores are of the validation set after the last epoch, mean and sample standard deviation over
+    the seeds, by default three, in the quick profile two; `jitter` is the mean change of the score
+    from one epoch to the next in the second half. For label maps the mean IoU stands beside them.
     trials.json keeps the rows; the record of the full data, where there is one, is shown below
-    them. The full data is asked by `python trials.py` alone: a full or short run of a notebook
-    shows what is on record, and your own data is not asked. What is trained already of the full
-    data is kept until the question is answered, so that one that was cut short goes on.
+    them. On the full data `python trials.py` alone runs them: a full or short run of a notebook
+    shows what is on record, and nothing is run on your own data. What is trained already of the
+    full data is kept until the question is answered, so that one that was cut short goes on.
     """
     full = settings.ROOT / "figures"
     seeds = seeds or run.pick(full=(0, 1, 2), quick=(0, 1))
     own = validation.dataset.source == "own"
     if asked is not None and question not in asked:
-        return f"{question}: not asked now."
+        return f"{question}: not run now."
     record = [row for row in load(full) if row["question"] == question]
     if own:
-        text = "Not asked of your own data."
+        text = "Not run on your own data."
     elif asked is None and run.profile != "quick":
-        text = f"Not asked again in the {run.profile} profile; `python trials.py` does."
+        text = f"Not run in the {run.profile} profile: `python trials.py {question}` does that."
     else:
         started = None
         if run.profile == "full":

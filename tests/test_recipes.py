@@ -451,7 +451,7 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
     assert "On record, of the full data:" in text
     short = replace(quick, profile="short")  # shows the record, and trains nothing
     text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 99, short)
-    assert text.startswith("Not asked again in the short profile") and "2 seeds each, 2 ep" in text
+    assert text.startswith("Not run in the short profile") and "2 seeds each, 2 ep" in text
 
 
 def test_the_dice_loss_is_of_overlaps_and_leaves_out_what_is_ignored():
@@ -563,13 +563,13 @@ def test_trials_that_were_stopped_go_on_in_the_full_profile(run, pictures, tmp_p
 def test_own_data_is_not_asked(run, pictures, profile):
     run, own = replace(run, profile=profile), replace(pictures, source="own")
     mine = utils.Batches(own, 20, run)
-    assert trials.compare("what?", {}, mine, 4, run).startswith("Not asked of your own data.")
+    assert trials.compare("what?", {}, mine, 4, run).startswith("Not run on your own data.")
 
 
 def test_one_question_can_be_asked_alone(run, pictures, monkeypatch):
     monkeypatch.setattr(trials, "asked", {"mnist"})
     batches = utils.Batches(pictures, 8, run)
-    assert trials.compare("cifar10", {}, batches, 1, run) == "cifar10: not asked now."
+    assert trials.compare("cifar10", {}, batches, 1, run) == "cifar10: not run now."
     monkeypatch.setattr(sys, "argv", ["trials.py", "mnits"])
     with pytest.raises(SystemExit, match="mnits. The questions are mnist, cifar10"):
         trials.main()
