@@ -217,20 +217,23 @@ def table(rows: Sequence[dict]) -> str:
     """Rows as a table, and what they were made on."""
     wide = max(len(row["variant"]) for row in rows) + 2
     pixels, apart = rows[0]["mean_iou"] is not None, "digits_iou" in rows[0]
+    jitters = not pixels and rows[0]["epochs"] >= 4  # fewer are all progress
     lines = [
-        f"{'':<{wide}}{'parameters':>11}{'mult-adds':>11}{'seconds':>9}{'score %':>9}"
-        f"{'spread':>8}{'mean IoU %' if pixels else 'jitter':>11}"
+        f"{'':<{wide}}{'parameters':>11}{'mult-adds':>11}{'seconds':>9}{'score %':>9}{'spread':>8}"
     ]
+    lines[0] += f"{'mean IoU %':>11}" * pixels + f"{'jitter':>8}" * jitters
     if apart:  # the mean IoU's spread, and its two halves
         lines[0] += f"{'spread':>8}{'digits':>8}{'others':>8}"
     for row in rows:
-        jitter = row["jitter"] if row["epochs"] >= 4 else None  # fewer are all progress
-        last = row["mean_iou"] if pixels else jitter
         lines.append(
             f"{row['variant']:<{wide}}{row['parameters']:>11,}"
             f"{row['multiply_adds'] / 1e6:>9,.1f} M{row['seconds']:>9.1f}{row['mean']:>9.2f}"
-            f"{row['spread']:>8.2f}" + (f"{'-':>11}" if last is None else f"{last:>11.2f}")
+            f"{row['spread']:>8.2f}"
         )
+        if pixels:
+            lines[-1] += f"{row['mean_iou']:>11.2f}"
+        if jitters:
+            lines[-1] += f"{row['jitter']:>8.2f}"
         if apart:
             halves = row["iou_spread"], row["digits_iou"], row["backgrounds_iou"]
             lines[-1] += "".join(f"{value:>8.2f}" for value in halves)
