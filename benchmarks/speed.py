@@ -358,7 +358,7 @@ def table(rows: list[dict]) -> str:
 
 
 def brief(rows: list[dict]) -> str:
-    """How many times as fast B is, a line a model: the table of the README."""
+    """How many times as fast B is, a line a model: the table of RESULTS.md."""
     measures = {
         "training": "training",
         "evaluation": "evaluation",
