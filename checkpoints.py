@@ -203,7 +203,8 @@ def facts_of(model: nn.Module, optimizer, schedule, scaler, random, **others) ->
     groups = []
     for group in optimizer.param_groups:
         trained = [names.get(id(p), "another") for p in group["params"] if p.requires_grad]
-        passing = (*_IMPLEMENTATION, *(["lr"] if "initial_lr" in group else []))
+        passing = [*_IMPLEMENTATION, *(["lr"] if "initial_lr" in group else [])]
+        passing += ["momentum", "betas"] if "max_momentum" in group else []  # a schedule's, too
         kept = {k: v for k, v in sorted(group.items()) if k not in passing}
         if "lr" in kept:  # for graphs a float32 tensor: as many digits as that has
             kept["lr"] = float(f"{float(kept['lr']):.6g}")

@@ -106,7 +106,7 @@ class Settings:
     def checkpoint(self, name: str) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
         own = self.pictures or self.scenes
-        folder = f"own/{own.name}" if own else self.kind or self.pick("", "", "short")
+        folder = f"own/{own.resolve().name}" if own else self.kind or self.pick("", "", "short")
         every = 60.0 if self.device.type == "cuda" else 0.0  # there an epoch may take a second
         if self.checkpoint_dir.is_relative_to("/content/drive"):  # Colab's: each file is uploaded,
             every *= 10  # and what it replaces may stay in the Drive's bin, up to 250 MB a time
@@ -156,7 +156,8 @@ def settings(
             raise UsageError(f"{name} is {value[name]!r}: set it to {meaning}, or leave it out.")
     paths = {}
     for name, what in (("PICTURES", "folder"), ("SCENES", "folder"), ("MY_PICTURE", "file")):
-        path = Path(environ[name]).expanduser().resolve() if environ.get(name) else None
+        path = Path(environ[name]).expanduser() if environ.get(name) else None
+        path = path and Path(os.path.abspath(path))  # "." and ".." have a name so
         paths[name.lower()] = path
         if path and not (path.is_file() if what == "file" else path.is_dir()):
             raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import weakref
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -326,6 +327,17 @@ def test_where_a_schedule_is_makes_no_other_run():
             optimizer.step()
             schedule.step()
         assert checkpoints._describe_schedule(schedule) == before
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_where_a_cycle_of_momentum_is_makes_no_other_run(optimizer):
+    network, draws = victim.model(), checkpoints.Draws()
+    optimizer, scaler = optimizer(network.parameters(), 0.1), torch.amp.GradScaler(enabled=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    before = checkpoints.facts_of(network, optimizer, schedule, scaler, draws)
+    optimizer.step()
+    schedule.step()
+    assert checkpoints.facts_of(network, optimizer, schedule, scaler, draws) == before
 
 
 def test_a_learning_rate_that_a_graph_made_a_tensor_is_the_same():

@@ -146,6 +146,12 @@ def test_the_tables_are_those_of_the_results(page, on_record):
     assert tables.fill(text) == text, "run `python tables.py`"
 
 
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_no_table_was_wrapped(page):
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        assert "| --- |" not in line or re.fullmatch(r"\|( -+:? \|)+", line), line
+
+
 def test_every_table_has_its_place():
     text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in tables.PAGES)
     for mark in (r"<!-- (\w+) -->\n", r"\n<!-- /(\w+) -->"):
