@@ -278,7 +278,8 @@ def check_idx(path: Path, dimensions: int) -> tuple[int, ...]:
         if size == expected and 0 not in shape:
             return shape
         problem = f"has {size:,} bytes, where its header says {expected:,}"
-        problem = "holds nothing" if 0 in shape else problem
+        if size == expected:
+            problem = "holds nothing"
     raise UsageError(f"{path} {problem}: delete it, to have it fetched again.")
 
 
