@@ -73,6 +73,8 @@ def main() -> None:
     if options.measure:
         measure(options.steps, options.width)
         return
+    torch.set_num_threads(1)  # as each process has, and so the machine's name says
+    machine = settings.hardware_name(utils.settings().device)
     alone, together = [], []
     for number in range(options.rounds + 1):
         pair = round_of(1, options), round_of(options.processes, options)
@@ -83,7 +85,7 @@ def main() -> None:
     n = options.processes
     shares = [100 * t / (n * a) for a, t in zip(alone, together, strict=True)]
     result = dict(
-        machine=settings.hardware_name(utils.settings().device),
+        machine=machine,
         model=f"CifarResNet({options.width})",
         processes=n,
         alone=statistics.median(alone),

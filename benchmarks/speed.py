@@ -417,8 +417,9 @@ def main() -> None:
         old = json.loads(options.json.read_text())
     if options.only not in (None, *found):
         raise SystemExit(f"{options.only}? The models are {', '.join(found)}.")
-    if any(old["machine"][fact] != machine[fact] for fact in ("hardware", "precision", "torch")):
-        raise SystemExit(f"{options.json} is of another machine or torch: name another file.")
+    facts = "hardware", "precision", "torch", "data"
+    if any(old["machine"][fact] != machine[fact] for fact in facts):
+        raise SystemExit(f"{options.json} is of another machine, torch or data: name another file.")
     for task in found.values():
         if options.only not in (None, task.name):
             continue
@@ -431,9 +432,9 @@ def main() -> None:
         small = replace(cifar, name="CifarResNet(32)", width=32, peak=3e-3, moved=False)
         goals = {70.0: (small, 3), 76.83: (small, 6)}
         rows += time_to_score(cifar, goals, run, options.budget)
-    rows = [dict(row, date=now) for row in rows]
-    again = {(row["model"], row["metric"]) for row in rows}
-    rows += [row for row in old["rows"] if (row["model"], row["metric"]) not in again]
+    rows = [dict(row, date=now, commit=machine["commit"]) for row in rows]
+    again = {(row["model"], "b_is" in row) for row in rows}  # times to a score apart
+    rows += [row for row in old["rows"] if (row["model"], "b_is" in row) not in again]
     print(table(rows))
     print(brief(rows))
     if options.json:

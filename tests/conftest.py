@@ -3,6 +3,7 @@
 import collections
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import struct
@@ -24,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
 import utils  # noqa: E402
+
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # where the tests' servers are
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a job that a script put behind it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,21 +62,30 @@ class Tally(collections.Counter):
         assert survived, f"lost by {kind} {self[kind]}"
 
 
+counts = Tally(kills=0, inputs=0, faults=0, lost=0)
+
+
 @pytest.fixture(scope="session")
-def tally(request):
-    """The count of a run of `pytest -m faults`, which leaves it in figures/faults.json."""
-    counts = Tally(kills=0, inputs=0, faults=0, lost=0)
-    yield counts
-    if request.config.option.markexpr == "faults":
-        facts = dict(
-            machine=utils.hardware_name(torch.device("cpu")),
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            commit=utils.commit(),
-            failed_tests=request.session.testsfailed,
-        )
-        text = json.dumps({**counts, **facts}, indent=1)
-        (ROOT / "figures").mkdir(exist_ok=True)
-        (ROOT / "figures" / "faults.json").write_text(text + "\n", encoding="utf-8")
+def tally():
+    """What a run of `pytest -m faults` counts."""
+    return counts
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Leave the count in figures/faults.json, if all fault tests were run, and nothing else."""
+    options = session.config.option
+    some = session.config.args_source is not session.config.ArgsSource.TESTPATHS or options.keyword
+    if options.markexpr != "faults" or options.collectonly or some or exitstatus not in (0, 1):
+        return
+    facts = dict(
+        machine=utils.hardware_name(torch.device("cpu")),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=utils.commit(),
+        failed_tests=session.testsfailed,
+    )
+    text = json.dumps({**counts, **facts}, indent=1)
+    (ROOT / "figures").mkdir(exist_ok=True)
+    (ROOT / "figures" / "faults.json").write_text(text + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import best  # noqa: E402
+import scaling  # noqa: E402
 import speed  # noqa: E402
 import steps  # noqa: E402
 
@@ -35,6 +36,19 @@ def test_both_sides_are_measured_for_every_model(run, monkeypatch):
         assert {row["model"] for row in rows} == {task.name}
         for row in rows:
             assert row["a"] >= 0 and row["b"] >= 0 and row["rounds"] == 1
+
+
+def test_a_row_says_how_many_times_as_fast_b_is(run, monkeypatch):
+    task = next(small_tasks(run))
+    row = speed.compare(task, "training", [1.0, 2.0, 4.0], [2.0, 6.0, 4.0], "images/s")
+    assert (row["a"], row["b"]) == (2, 4)
+    assert (row["ratio"], row["lowest"], row["highest"]) == (2, 1, 3)
+    monkeypatch.setattr(speed, "STEPS", {})  # four steps of ten images
+    monkeypatch.setattr(speed, "peak_memory", lambda work, run: None)
+    monkeypatch.setattr(speed.Plain, "train", lambda self: 4.0)
+    monkeypatch.setattr(speed.Ours, "train", lambda self: 1.0)
+    row = speed.throughput(task, run, rounds=1)[0]
+    assert (row["a"], row["b"], row["ratio"]) == (10, 40, 4)
 
 
 def test_time_to_score_counts_the_epochs_up_to_the_score(run, monkeypatch):
@@ -152,7 +166,7 @@ def test_a_run_that_was_stopped_leaves_no_row(run, monkeypatch):
 )
 def test_rows_of_another_machine_are_not_taken_for_this_ones(model, problem, tmp_path, monkeypatch):
     there, file = "an abacus", tmp_path / "speed.json"
-    machine = dict(hardware=there, precision="float32", torch=torch.__version__)
+    machine = dict(hardware=there, precision="float32", torch=torch.__version__, data=[])
     file.write_text(json.dumps(dict(machine=machine, rows=[])), encoding="utf-8")
     options = ["--quick", "--only", model, "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["speed.py", *options])
@@ -161,10 +175,47 @@ def test_rows_of_another_machine_are_not_taken_for_this_ones(model, problem, tmp
     assert there in file.read_text(encoding="utf-8")
 
 
+def test_a_model_measured_again_keeps_the_rows_of_the_others(tmp_path, monkeypatch):
+    file = tmp_path / "speed.json"
+
+    def measure(model, card):
+        def throughput(task, run, rounds):
+            metrics = "training, images/s", f"share of {card} TFLOP/s, %"
+            return [dict(model=model, metric=metric, a=1, b=card) for metric in metrics]
+
+        monkeypatch.setattr(speed, "throughput", throughput)
+        options = ["--quick", "--only", model, "--json", str(file)]
+        monkeypatch.setattr(sys, "argv", ["speed.py", *options])
+        speed.main()
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        assert all(row["commit"] and row["date"] for row in rows)
+        return [(row["model"], row["b"]) for row in rows]
+
+    monkeypatch.setattr(speed, "table", str)
+    monkeypatch.setattr(speed, "brief", str)
+    assert measure("cifar10", 700) == [("cifar10", 700)] * 2
+    both = [("mnist", 700)] * 2 + [("cifar10", 700)] * 2
+    assert measure("mnist", 700) == both
+    assert measure("cifar10", 650) == [("cifar10", 650)] * 2 + both[:2]
+
+
 @pytest.mark.parametrize("name", ["mnist", "segmentation-best"])
 def test_a_models_steps_are_timed(run, name):
     case = dataclasses.replace(steps.cases()[name], batch_size=20, steps=2)
     assert 0 < steps.measure(case, dataclasses.replace(run, quiet=True)) < 60
+
+
+def test_the_work_of_several_processes_is_compared_with_that_of_one(tmp_path, monkeypatch, capsys):
+    scaling.measure(steps=1, width=2)
+    assert float(capsys.readouterr().out) > 0
+    threads, speeds = torch.get_num_threads(), {1: 100.0, 3: 150.0}
+    monkeypatch.setattr(scaling, "round_of", lambda processes, options: speeds[processes])
+    options = ["--processes", "3", "--rounds", "2", "--json", str(tmp_path / "scaling.json")]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *options])
+    scaling.main()
+    torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    assert (result["efficiency"], result["alone"], result["rounds"]) == (50, 100, 2)
 
 
 def test_every_model_has_its_steps():

@@ -52,6 +52,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(epoch, uninterrupted, tmp_pa
     assert [e.epoch for e in history] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")  # as settings() does
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_resumed_run_is_exact_in_every_precision(precision, tmp_path, tally, monkeypatch):
+    """In float16 the loss's scale goes on from where it was: it falls at first, and steps with it
+    are left out."""
+    plain = victim.settings
+    monkeypatch.setattr(
+        victim, "settings", lambda folder: dataclasses.replace(plain(folder), precision=precision)
+    )
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**30)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    _, whole = victim.fit(tmp_path / "whole")
+    stopped(tmp_path / "cut", 3)
+    tally.add("faults", survived=victim.fit(tmp_path / "cut")[1] == whole)
+
+
 def test_a_run_without_a_checkpoint_is_the_same_run(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(utils.Settings, "checkpoint", lambda *arguments: None)
     assert victim.fit(tmp_path)[1] == uninterrupted

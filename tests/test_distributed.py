@@ -52,6 +52,14 @@ def test_two_processes_train_as_one_does(tmp_path):
     again = json.loads((tmp_path / "2" / "result.json").read_text())
     assert again["losses"] == two["losses"] and again["device"] == two["device"]
     assert again["score"] == two["score"]  # of the averages that were saved
+    for first, then in ((1, 2), (2, 1)):  # what was cut short goes on in as many as there are
+        folder = tmp_path / f"{first} then {then}"
+        folder.mkdir()
+        kept = dict(cwd=folder, CHECKPOINT_DIR=str(folder))
+        assert "epoch 2/2" not in start(first, script, folder, "cut", **kept)
+        assert start(then, script, folder, **kept).count("Found 1 of 2 epochs") == 1
+        result = json.loads((folder / "result.json").read_text())
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-4)
 
 
 def test_a_notebook_runs_under_torchrun(tmp_path):

@@ -263,7 +263,7 @@ def test_two_processes_fetch_once(processes, servers, tmp_path, tally):
 
 
 def test_a_killed_download_leaves_nothing_and_is_done_again(processes, servers, tmp_path, tally):
-    servers[0].faults = ["slow"] * 3
+    servers[0].faults = ["stall"] * 3  # half of the file, then nothing for long
     arguments = tmp_path, servers[0].url, files.ARCHIVES["CIFAR-10"]
     for number in range(3):
         process = processes.Process(target=fetch_elsewhere, args=arguments)

@@ -2,13 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
 import pytest
+import torch
+from torch import nn
 
+import recipes
 import report
 import utils
 from conftest import ROOT, export
@@ -70,10 +76,12 @@ def test_cells_are_short_and_need_no_front_end(name):
 TRAINED = """# what the threshold cells need of those before them
 from types import SimpleNamespace
 
-THRESHOLD, best_model, cifar = 70.0, "a model", SimpleNamespace(name="photographs")
-models = {best_model: SimpleNamespace(model=None)}
-utils = SimpleNamespace(test=lambda model, batches, run: SCORE)
-mnist_model = mnist_batches_20 = digits = cifar_model = cifar_batches_20 = validation = run = None
+THRESHOLD, best_model, cifar = 70.0, "first", SimpleNamespace(name="photographs")
+models = {name: SimpleNamespace(model=name) for name in ("first", "second")}
+mnist_model, cifar_model, digits, run = "mnist", "cifar", None, None
+mnist_batches_20, cifar_batches_20, validation = "digits", "pictures", "scenes"
+right = {("mnist", "digits"), ("cifar", "pictures"), ("first", "scenes")}
+utils = SimpleNamespace(test=lambda model, data, run: SCORE if (model, data) in right else 99)
 """
 
 
@@ -103,6 +111,19 @@ def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(name, score,
     assert words == [True] * len(words)
 
 
+def test_a_best_classifier_that_was_stopped_goes_on_no_record(run, monkeypatch):
+    cells = json.loads((ROOT / NOTEBOOKS[0]).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    scope = dict(partial=partial, nn=nn, torch=torch, utils=utils, report=report, recipes=recipes)
+    exec(next(source for source in sources if source.startswith("def fit(name, make")), scope)
+    monkeypatch.setattr(utils, "train", lambda *parts: utils.History([(1, 1, 1, 1, 1, 1)]))
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    data = utils.Dataset("toy", "sample", images, torch.arange(4) % 2, ("a", "b"))
+    batches, make = utils.Batches(data, 2, run), partial(nn.Conv2d, 1, 2, 3, bias=False)
+    with pytest.raises(KeyboardInterrupt, match="digits: stopped after 1 of 2 epochs"):
+        scope["fit"]("digits", make, batches, batches, batches, 2, run, (0,), False)
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_what_to_expect_is_what_the_readme_says(name):
     table = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
@@ -111,6 +132,22 @@ def test_what_to_expect_is_what_the_readme_says(name):
     cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells)
     assert f'expected = run.pick("{full}", "{quick}", "{short}")' in source
+
+
+def test_pytest_trains_anew_unless_a_folder_is_named(tmp_path, monkeypatch):
+    """In a folder of its own, which is gone afterwards."""
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    code = "import os\ndef test():\n    folder = os.environ['CHECKPOINT_DIR']\n"
+    code += "    os.makedirs(folder, exist_ok=True)\n    open('where', 'w').write(folder)\n"
+    (tmp_path / "test_it.py").write_text(code)
+    monkeypatch.delenv("CHECKPOINT_DIR", raising=False)
+    for given in (None, tmp_path / "mine"):
+        if given:
+            monkeypatch.setenv("CHECKPOINT_DIR", str(given))
+        subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=tmp_path, check=True)
+        folder = Path((tmp_path / "where").read_text())
+        assert folder == given if given else (tmp_path not in folder.parents)
+        assert folder.exists() == bool(given) and folder != ROOT / "checkpoints"
 
 
 def test_pytest_alone_passes_the_notebooks_by():

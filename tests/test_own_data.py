@@ -157,7 +157,8 @@ def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path):
     pictures, scenes = tmp_path / "letters", tmp_path / "roads"
     pictures.mkdir(), scenes.mkdir()
     both = {"PICTURES": str(pictures), "SCENES": str(scenes)}
-    run = utils.settings(environ={"SCENES": str(scenes)}, scenes=False)
+    quick = {"PROFILE": "quick", "SCENES": str(scenes)}
+    run = utils.settings(environ=quick, scenes=False)
     assert run.threshold(70.0) == 70 and run.figures.name == "quick" and run.scenes is None
     run = utils.settings(environ=both, scenes=False)
     assert run.checkpoint("pictures").path.parts[-3:] == ("own", "letters", "pictures.pt")
@@ -293,6 +294,20 @@ def test_a_picture_of_your_own(shown, run, tmp_path, classification, segmentatio
     model = segmentation.Segmenter(segmentation.first(4), 4, classes=10)
     report.show_prediction(model, tmp_path / "mine.png", data, data.statistics(), run)
     assert len(shown) == 3 and len(shown[-1].axes) == 3  # image, labels over it, labels
+
+
+def test_a_picture_is_normalised_as_the_training_images_are(shown, run):
+    class Bright(torch.nn.Module):
+        def forward(self, x):
+            mean = x.mean((1, 2, 3))
+            return torch.stack([0 * mean, mean, -mean], 1)
+
+    images = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
+    data = utils.Dataset("toy", "own", images, torch.tensor([0, 1]), ("none", "bright", "dark"))
+    for value, name in ((150, "bright"), (50, "dark")):
+        statistics = [100 / 255] * 3, [0.2] * 3
+        report.show_prediction(Bright(), images[0] * 0 + value, data, statistics, run)
+        assert shown[-1].axes[1].get_yticklabels()[0].get_text() == name
 
 
 def test_the_share_of_each_path(classification):

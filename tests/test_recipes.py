@@ -186,6 +186,18 @@ def test_digits_are_dealt_as_scenes_use_them(layers):
         assert labels.min() == number
 
 
+def test_the_layers_are_those_that_the_scenes_are_made_of(run):
+    """Also after the split: no digit or background of the validation scenes is trained on."""
+    parts = utils.load_scenes(run)[0], *utils.load_layers(run)
+    scenes, digits, backgrounds = (utils.split(part, 0.2, seed=0)[0] for part in parts)
+    labels, ink = scenes.labels.flatten(1).long(), digits.images[:, 0] > 127
+    assert torch.equal(labels.amin(1), digits.labels)
+    assert torch.equal((labels < 10).sum(1), ink.sum((1, 2)))
+    assert torch.equal(labels.amax(1) - 10, backgrounds.labels)
+    untouched = (scenes.images == backgrounds.images).all(1).float().mean((1, 2))
+    assert untouched.min() > 0.3
+
+
 def test_composed_scenes_are_new_in_every_epoch_and_repeatable(layers, run):
     scenes, layers = layers
     batches = recipes.Composed(scenes, 7, run, layers=layers, shuffle=True, flip=True, shift=2)
@@ -486,7 +498,8 @@ def test_a_variants_rate_falls_goes_through_one_cycle_or_stays(run, pictures):
     assert trials._optimizer(model, replace(plain, schedule="constant"), 2)[1] is None
 
 
-def test_a_variant_says_what_is_scored(run, pictures):
+def test_a_variant_says_what_is_scored(run, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
     quick, scored = replace(run, quiet=True), []
 
     class Spied(recipes.Views):
@@ -500,6 +513,24 @@ def test_a_variant_says_what_is_scored(run, pictures):
         variant = trials.Variant(make, batches, 1e-3, views=views)
         trials.compare("views?", {"one": variant}, batches, 1, quick, seeds=(0, 1))
     assert scored == [False] * 4 + [True] * 4  # two batches and two seeds
+
+
+def test_a_row_of_a_question_is_what_its_runs_had(run, pictures, monkeypatch):
+    scores = iter([(50.0, 60.0, 64.0, 70.0), (50.0, 60.0, 70.0, 74.0)])
+
+    def train(*arguments):
+        epochs = enumerate(next(scores), start=1)
+        return utils.History([(n, 2.0, 1.0, 50.0, score, 0.5) for n, score in epochs])
+
+    monkeypatch.setattr(utils, "train", train)
+    batches = utils.Batches(pictures, 20, run)
+    variant = trials.Variant(
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), batches, 1e-3
+    )
+    row = trials._row("what?", "one", variant, batches, 4, run, (0, 1), None)
+    assert (row["mean"], row["seconds"]) == (72, 8)
+    assert row["spread"] == pytest.approx(8**0.5)  # 70 and 74, each 2 from the mean, over n - 1
+    assert row["jitter"] == pytest.approx((4 + 6 + 10 + 4) / 4)  # from the second epoch on
 
 
 def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypatch):

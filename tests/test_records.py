@@ -42,6 +42,23 @@ def test_a_record_says_all_there_is_to_know(recorded, tmp_path):
     assert recorded["source"] == "sample" and recorded["parameters"] > 0
 
 
+def test_a_record_counts_all_epochs_and_tells_the_best_from_the_last(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    images = torch.zeros(6, 3, 1, 1, dtype=torch.uint8)
+    mine = utils.Dataset("mine", "own", images, torch.arange(6) % 2, ("a", "b"))
+    batches = utils.Batches(mine, 2, run)
+    epochs = [(1, 2.0, 1.0, 50.0, 80.0, 0.5), (2, 3.0, 0.8, 60.0, 90.0, 0.25)]
+    facts = dict(device="an abacus", torch="2.14", commit="c0ffee", date="2026-11-28")
+    history = utils.History([*epochs, (3, 4.0, 0.7, 70.0, 85.0, 0.75)], facts)
+    optimizer = torch.optim.AdamW(model.parameters())
+    made = report.record_run("mine", run, model, optimizer, None, batches, batches, history, 7.0, 0)
+    assert (made["best_accuracy"], made["best_epoch"], made["final_accuracy"]) == (90, 2, 85)
+    assert (made["train_seconds"], made["evaluation_seconds"]) == (9, 1.5)
+    assert made["epochs"] == 3 and made["flops"] == 3 * 6 * 6 * 6  # epochs, images, 3 x 2 weights
+    plt.close("all")
+
+
 def test_a_quick_run_writes_only_to_its_own_folder(recorded, tmp_path):
     written = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert written == ["figures/quick/mnist.png", "figures/quick/results.json"]

@@ -12,8 +12,20 @@ import report  # noqa: E402
 import utils  # noqa: E402
 
 
-def main(folder: Path) -> None:
-    """Two epochs on digits, in float32; the first process leaves the losses in folder."""
+class Cut(utils.Batches):
+    """Batches whose second epoch is interrupted before it begins."""
+
+    def set_epoch(self, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        super().set_epoch(epoch)
+
+
+def main(folder: Path, cut: bool) -> None:
+    """Two epochs on digits, in float32; the first process leaves the losses in folder.
+
+    One epoch where the run is to be cut.
+    """
     run = utils.settings(torch.float32)
     training, test = utils.load_mnist(run)
     training = training.subset(torch.arange(0, 4000, 5))  # 800: the last batch has 32
@@ -23,12 +35,14 @@ def main(folder: Path) -> None:
     notebook = report.notebook_definitions("imageclassification.ipynb")
     model = notebook.MnistCNN(4)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    batches = utils.Batches(training, 64, run, shuffle=True)
+    batches = (Cut if cut else utils.Batches)(training, 64, run, shuffle=True)
     validation = utils.Batches(test, 100, run, training.statistics())
     schedule = utils.one_cycle(optimizer, batches, 2, 2e-3)
     history = utils.train(
         model, optimizer, batches, validation, 2, run, schedule, checkpoint=run.checkpoint("both")
     )
+    if cut:
+        return
     normed = _normed(notebook, run, training, validation)
     if utils.rank() == 0:
         result = dict(losses=[e.loss for e in history], accuracy=[e.accuracy for e in history])
@@ -57,4 +71,4 @@ def _normed(notebook, run, training, validation) -> dict:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "cut" in sys.argv)
