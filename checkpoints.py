@@ -132,7 +132,7 @@ class Checkpoint:
             same = torch.allclose(answer, logits, rtol=0, atol=0.01 * logits.abs().max().item())
         except Exception as error:  # a file that was tampered with can raise nearly everything
             raise UsageError(
-                out_of_memory(error, None)
+                out_of_memory(error)
                 or f"{self.path} does not fit this run ({reason(error)}): {self.way_out}."
             ) from None
         if not same:
@@ -161,7 +161,8 @@ class Checkpoint:
             else:
                 if problems:
                     print(f"{problems[0]}; going on from the one before it.")
-                    self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+                    with contextlib.suppress(FileNotFoundError):  # another process was faster
+                        self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
                 return state
         if problems:
             raise UsageError(f"{' and '.join(problems)}: {self.way_out}.")
@@ -174,7 +175,7 @@ class Checkpoint:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises nearly everything
-            if problem := out_of_memory(error, None):
+            if problem := out_of_memory(error):
                 raise UsageError(problem) from None
             if "weights_only" not in str(error).lower():
                 raise ValueError(reason(error)) from None
@@ -362,7 +363,7 @@ def require_finite(
 
 
 @contextlib.contextmanager
-def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkpoint | None):
+def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None):
     """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
 
     Ctrl-C ends it without an error, with model and history as they were after the last epoch that
@@ -394,7 +395,7 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
         anew = checkpoint.way_out if kept else "start anew"
         problem = f"{error}{good}: lower the learning rate and {anew}."
     except (RuntimeError, MemoryError) as error:
-        problem = out_of_memory(error, batch_size)
+        problem = out_of_memory(error, batches)
         if problem is None:
             raise
         if checkpoint and history:
@@ -412,7 +413,7 @@ def guarded(history: list, optimizer, batch_size: int | None, checkpoint: Checkp
         raise UsageError(problem) from None
 
 
-def out_of_memory(error: Exception, batch_size: int | None) -> str | None:
+def out_of_memory(error: Exception, batches=None) -> str | None:
     """The sentence for an error that is want of memory, None for any other.
 
     The frames that the error came through let go of their tensors.
@@ -422,6 +423,7 @@ def out_of_memory(error: Exception, batch_size: int | None) -> str | None:
     if not known and not any(text in str(error).lower() for text in texts):
         return None
     traceback.clear_frames(error.__traceback__)
-    if batch_size is None or batch_size < 2:
+    size = getattr(batches, "batch_size", None) or 1
+    if size == 1:
         return "Out of memory: use a smaller model."
-    return f"Out of memory with batches of {batch_size}: try a batch size of {batch_size // 2}."
+    return f"Out of memory with batches of {size}: try a batch size of {size // 2}."

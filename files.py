@@ -21,7 +21,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import pooch
+import requests
+from filelock import FileLock
 from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
 
 
 class UsageError(Exception):
@@ -113,8 +119,6 @@ def fetch(name: str, data_dir: Path) -> None:
     a whole file by one of MNIST's names that is another data set's is refused. One process fetches
     at a time; nothing has its final name before it is whole.
     """
-    from filelock import FileLock
-
     folder = data_dir / FOLDERS[name]
     partial = folder / ".partial"
     try:
@@ -138,8 +142,6 @@ def fetch(name: str, data_dir: Path) -> None:
 
 def _spare(archive: Path, sha256: str) -> None:
     """Refuse to replace another data set in MNIST's files, packed or unpacked, that is whole."""
-    import pooch
-
     if archive.suffixes != [".gz"]:
         return
     unpacked, theirs = _unpacked(archive), None
@@ -161,10 +163,6 @@ def _spare(archive: Path, sha256: str) -> None:
 
 def _download(name: str, archive: str, sha256: str, partial: Path, folder: Path) -> None:
     """One archive, from the first mirror that gives what the hash says."""
-    import pooch
-    from requests import RequestException
-    from tqdm import tqdm
-
     pinned = f"sha256:{sha256}"
     if (folder / archive).exists() and pooch.file_hash(folder / archive) == sha256:
         return
@@ -175,7 +173,7 @@ def _download(name: str, archive: str, sha256: str, partial: Path, folder: Path)
             load = pooch.HTTPDownloader(progressbar=bar, timeout=TIME_OUT, chunk_size=2**16)
             try:
                 pooch.retrieve(mirror + archive, pinned, archive, partial, downloader=load)
-            except (RequestException, ValueError) as error:  # ValueError: not the pinned hash
+            except (requests.RequestException, ValueError) as error:  # or a hash that is wrong
                 problems[urlsplit(mirror).netloc] = _network_reason(error)
             else:
                 (partial / archive).replace(folder / archive)
@@ -194,8 +192,6 @@ def _download(name: str, archive: str, sha256: str, partial: Path, folder: Path)
 
 def _network_reason(error: Exception) -> str:
     """A failed download in two or three words."""
-    import requests
-
     if isinstance(error, ValueError) and not isinstance(error, requests.RequestException):
         return "the file's hash is wrong"
     if isinstance(error, requests.HTTPError):
@@ -251,8 +247,6 @@ MNIST_FILES = {
 
 def check_mnist(folder: Path) -> bool:
     """Whether four idx files are MNIST's to the byte; one that is no whole idx file is refused."""
-    import pooch
-
     shapes = {name: check_idx(folder / name, int(name[-7])) for name in MNIST_FILES}
     for part in ("train", "t10k"):
         images, labels = (n for n in shapes if n.startswith(part))
@@ -285,9 +279,6 @@ def check_idx(path: Path, dimensions: int) -> tuple[int, ...]:
 
 def check_cifar10(folder: Path) -> None:
     """Refuse CIFAR-10's pickles unless they are the published ones: nothing else is unpickled."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
     known = [*CIFAR10.train_list, *CIFAR10.test_list]
     known.append([CIFAR10.meta["filename"], CIFAR10.meta["md5"]])
     for name, md5 in known:

@@ -6,7 +6,6 @@ What does not fit gets one sentence, before anything is trained on it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,8 @@ def load_pictures(folder: Path, size: int | None = None) -> tuple[Dataset, Datas
     Folders train/ and test/ in it are the two; without them, a fifth is held out for testing.
     """
     if all((folder / part).is_dir() for part in ("train", "test")):
-        parts = load_parts(folder, folder.name, size)
-    else:
-        parts = split(load_folder(folder, folder.name, size), share=0.2, seed=1)
-    return tuple(replace(part, source="own") for part in parts)
+        return load_parts(folder, folder.name, size)
+    return split(load_folder(folder, folder.name, size), share=0.2, seed=1)
 
 
 def load_parts(folder: Path, name: str, size: int | None = None) -> tuple[Dataset, Dataset]:
@@ -75,7 +72,7 @@ def load_folder(
 ) -> Dataset:
     """Images in one folder per class, grey or in colour, brought to size x size pixels.
 
-    Without a size they must be of one. `source` tells JPEGs from other files.
+    Without a size they must be of one.
     """
     folder = Path(folder)
     try:
@@ -87,11 +84,8 @@ def load_folder(
     empty = sorted(set(range(len(found.classes))) - set(labels[kept].tolist()))
     if empty and kept:
         raise UsageError(f"{folder / found.classes[empty[0]]} has no image that can be read.")
-    jpeg = any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths)
-    source = "JPEG copy" if jpeg else "PNG folders"
-    return Dataset(
-        name, source, _stack(images, [paths[k] for k in kept]), labels[kept], tuple(found.classes)
-    )
+    pixels = _stack(images, [paths[k] for k in kept])
+    return Dataset(name, "own", pixels, labels[kept], tuple(found.classes))
 
 
 class _Folders(torchvision.datasets.ImageFolder):

@@ -6,35 +6,29 @@ import base64
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from checkpoints import require_finite
+from settings import Settings
 
 
 class Progress:
-    """What a run of `epochs` times `steps` looks like from outside.
+    """What a run of so many epochs of `batches` looks like from outside.
 
     The report every 25 iterations shows totals that were copied on their way at the report before,
     so it never waits for the device; it is drawn every two seconds at most. A loss that is not
-    finite raises there. A `quiet` one shows nothing, and still raises.
+    finite raises there. A quiet run shows nothing, and still raises.
     """
 
-    def __init__(
-        self,
-        title: str,
-        source: str,
-        epochs: int,
-        steps: int,
-        device: torch.device,
-        quiet: bool = False,
-    ):
-        self.title, self.source, self.epochs, self.steps = title, source, epochs, steps
-        self.quiet = quiet
-        self.totals = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
-        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+    def __init__(self, title: str, batches: Iterable, epochs: int, run: Settings):
+        self.title, self.epochs, self.steps, self.quiet = title, epochs, len(batches), run.quiet
+        self.source = getattr(getattr(batches, "dataset", None), "source", "own")
+        cuda = run.device.type == "cuda"
+        self.totals = torch.zeros(4, dtype=torch.float64, pin_memory=cuda)
+        self.copied = torch.cuda.Event() if cuda else None
         self.place, self.displays, self.shown, self.pause = None, {}, 0.0, 0.0
 
     def step(self, epoch: int, step: int, totals: Tensor) -> None:

@@ -89,7 +89,7 @@ class Muon(torch.optim.AdamW):
         return [[weight for weight in filters if weight.shape == shape] for shape in shapes]
 
 
-def orthogonal(matrix: Tensor, steps: int = 3, scale: float | Tensor = 1.0) -> Tensor:
+def orthogonal(matrix: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """A matrix (M, N) with its singular values brought near `scale`, by Newton and Schulz.
 
     Or a stack (K, M, N) of them, each on its own. Three steps of a fifth-degree polynomial that is
@@ -110,7 +110,7 @@ def orthogonal(matrix: Tensor, steps: int = 3, scale: float | Tensor = 1.0) -> T
     square = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[..., None, None] + least
     gram = (gram / square).to(x.dtype)
     product = factor = _factor(gram)
-    for _ in range(steps - 1):
+    for _ in range(2):
         gram = factor @ gram @ factor
         factor = _factor(gram)
         product = factor @ product
@@ -168,8 +168,9 @@ def linear_decay(optimizer: torch.optim.Optimizer, batches, epochs: int):
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(batches))
 
 
-def progressive_sizes(epochs: int, sides: Sequence[int] = (20, 20, 24, 24, 28, 32)) -> list[int]:
-    """Sides of images for epochs 1, 2 .., in pixels: each of `sides` in its turn, to the last."""
+def progressive_sizes(epochs: int) -> list[int]:
+    """Sides of images for epochs 1, 2 .., in pixels: from 20 to 32, with a third of them at 20."""
+    sides = 20, 20, 24, 24, 28, 32
     return [sides[(len(sides) * epoch - 1) // epochs] for epoch in range(1, epochs + 1)]
 
 

@@ -381,20 +381,18 @@ def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> Non
     plt.show()
 
 
-def show_classes(dataset: Dataset, each: int = 2) -> None:
-    """The first `each` examples of every class of a classification data set, a column a class."""
-    columns = [(dataset.labels == c).nonzero()[:each, 0].tolist() for c in dataset.labels.unique()]
-    index = torch.tensor([c[min(row, len(c) - 1)] for row in range(each) for c in columns])
+def show_classes(dataset: Dataset) -> None:
+    """The first two examples of every class of a classification data set, a column a class."""
+    columns = [(dataset.labels == c).nonzero()[:2, 0].tolist() for c in dataset.labels.unique()]
+    index = torch.tensor([column[0] for column in columns] + [column[-1] for column in columns])
     titles = [dataset.classes[label] for label in dataset.labels[index]]
     show_images(dataset.images[index], titles, columns=len(columns))
 
 
-def show_mistakes(
-    dataset: Dataset, guesses: Tensor, probabilities: Tensor, count: int = 10
-) -> None:
-    """The wrong guesses with the highest probability, with both labels."""
+def show_mistakes(dataset: Dataset, guesses: Tensor, probabilities: Tensor) -> None:
+    """The ten wrong guesses with the highest probability, with both labels."""
     wrong = (guesses != dataset.labels).nonzero()[:, 0]
-    worst = wrong[probabilities[wrong].argsort(descending=True)][:count]
+    worst = wrong[probabilities[wrong].argsort(descending=True)][:10]
     if len(worst) == 0:
         print("There are no mistakes.")
         return
@@ -475,12 +473,12 @@ def show_class_scores(scores: PixelScores, classes: Sequence[str]) -> None:
     plt.show()
 
 
-def show_filters(convolution: nn.Conv2d, columns: int = 16) -> None:
+def show_filters(convolution: nn.Conv2d) -> None:
     """What a first convolution learned: its filters, each from its lowest weight to its highest."""
     weights = convolution.weight.detach().float().cpu()
     low, high = weights.amin((1, 2, 3), True), weights.amax((1, 2, 3), True)
     pictures = (255 * (weights - low) / (high - low).clamp(min=1e-9)).to(torch.uint8)
-    show_images(pictures, [""] * len(pictures), columns=min(columns, len(pictures)))
+    show_images(pictures, [""] * len(pictures), columns=min(16, len(pictures)))
 
 
 @torch.inference_mode()
@@ -532,6 +530,8 @@ def show_prediction(
     """
     channels, height, width = dataset.images.shape[1:]
     if not isinstance(picture, Tensor):
+        if channels not in (1, 3):
+            raise UsageError(f"{dataset.name} has {channels} channels: {picture} must be a Tensor.")
         mode, size = ("L", "RGB")[channels == 3], (width, height)
         pixels = read_image(picture, mode, size).reshape(height, width, channels)
         picture = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -565,7 +565,7 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
     palette = np.ones((256, 3))
     palette[: len(dataset.classes)] = [shades[c % 20] for c in range(len(dataset.classes))]
     scenes = torch.linspace(0, len(dataset) - 1, count).long()
-    photographs = dataset.images[scenes].permute(0, 2, 3, 1).numpy() / 255
+    photographs = dataset.images[scenes, :3].permute(0, 2, 3, 1).numpy() / 255
     painted = {title: palette[labels[scenes].numpy()] for title, labels in maps.items()}
     first, *others = painted
     rows = {"image": photographs, f"{first}, overlaid": 0.4 * photographs + 0.6 * painted[first]}

@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent
 VARIABLES = {  # of the environment: what a value must look like, and the same in words
     "PROFILE": ("full|short|quick", "full, short or quick"),
     "EPOCHS": (r"0*[1-9]\d*", "a whole number from 1 up"),
-    "SIZE": ("|".join(str(side) for side in range(8, 1025, 8)), "a multiple of 8 up to 1024"),
-    "THRESHOLD": (r"\d{1,2}(\.\d*)?|100", "a percentage"),
+    "SIZE": ("|".join(map(str, range(16, 1025, 8))), "a multiple of 8 from 16 to 1024"),
+    "THRESHOLD": (r"\d{1,2}(\.\d*)?|100(\.0*)?", "a percentage"),
     "FLIP": ("[01]", "0 or 1"),
     "RESUME": ("[01]", "0 or 1"),
     "PRECISION": ("float32|bfloat16|float16", "float32, bfloat16 or float16"),
@@ -135,10 +135,7 @@ class Settings:
 
 
 def settings(
-    precision: torch.dtype | None = None,
-    graphs: bool = True,
-    environ: Mapping[str, str] = os.environ,
-    scenes: bool = True,
+    graphs: bool = True, environ: Mapping[str, str] = os.environ, scenes: bool = True
 ) -> Settings:
     """Read the README's variables from the environment; choose device and precision.
 
@@ -148,7 +145,7 @@ def settings(
     Of PICTURES and SCENES one is read: SCENES if it is set, but not by what has no `scenes`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if int(environ.get("WORLD_SIZE") or 1) > 1:
+    if int(environ.get("WORLD_SIZE") or 1) > 1 and "LOCAL_RANK" in environ:  # by torchrun
         device = join_processes(device, int(environ["LOCAL_RANK"]))
     value = {name: environ.get(name) or None for name in VARIABLES}
     for name, (pattern, meaning) in VARIABLES.items():
@@ -156,19 +153,17 @@ def settings(
             raise UsageError(f"{name} is {value[name]!r}: set it to {meaning}, or leave it out.")
     paths = {}
     for name, what in (("PICTURES", "folder"), ("SCENES", "folder"), ("MY_PICTURE", "file")):
-        path = Path(environ[name]).expanduser() if environ.get(name) else None
-        path = path and Path(os.path.abspath(path))  # "." and ".." have a name so
+        path = _absolute(environ[name]) if environ.get(name) else None
         paths[name.lower()] = path
         if path and not (path.is_file() if what == "file" else path.is_dir()):
             raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
     if paths["scenes"]:  # one of the two at most
         paths["pictures" if scenes else "scenes"] = None
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
-        paths[name.lower()] = Path(environ.get(name) or ROOT / default).expanduser().resolve()
+        paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
-    if precision is None and value["PRECISION"]:
-        precision = getattr(torch, value["PRECISION"])
-    precision = precision or best_precision(device)
+    named = value["PRECISION"]
+    precision = getattr(torch, named) if named else best_precision(device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = precision != torch.float32  # it is float32, then
@@ -283,6 +278,11 @@ def commit() -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, say."""
     return str(dtype).removeprefix("torch.")
+
+
+def _absolute(path: str | Path) -> Path:
+    """A path from the root, "~" filled in where there is such a home; "." and ".." have a name."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def _short(path: Path) -> str:

@@ -104,18 +104,6 @@ def compare(
     return text
 
 
-def _plan(variant: Variant) -> dict:
-    """What makes a variant what it is, but for the model's code."""
-    return dict(
-        batch_size=variant.batches.batch_size,
-        learning_rate=variant.peak,
-        parameters=report.parameters(variant.make()),
-        recipe=f"Muon {variant.muon}, {_schedule(variant)}, smoothing {variant.smoothing}, "
-        f"views {getattr(variant.views, 'keywords', variant.views)}, {variant.batches.augmentation}"
-        + ("" if variant.loss is F.cross_entropy else f", {variant.loss.__name__}"),
-    )
-
-
 def _row(question, name, variant, validation, epochs, run, seeds, started) -> dict:
     """All there is to know about a variant's runs; `started` is the folder of their checkpoints."""
     histories, scores, pixels, data = [], [], [], variant.batches.dataset
@@ -159,7 +147,12 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         **{f"{kind}_iou": np.mean([one[kind]["mean_iou"] for one in pixels]) for kind in kinds},
         seconds=np.mean([sum(e.seconds for e in history) for history in histories]),
         multiply_adds=report.multiply_adds(model, data.images.shape[1:]),
-        **_plan(variant),
+        batch_size=batches.batch_size,
+        learning_rate=variant.peak,
+        parameters=report.parameters(model),
+        recipe=f"Muon {variant.muon}, {_schedule(variant)}, smoothing {variant.smoothing}, "
+        f"views {getattr(variant.views, 'keywords', variant.views)}, {batches.augmentation}"
+        + ("" if variant.loss is F.cross_entropy else f", {variant.loss.__name__}"),
         dataset=data.name,
         source=data.source,
         split=f"{len(data)} training, {len(validation.dataset)} validation images",

@@ -180,7 +180,9 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     if all((folder / part).is_dir() for part in ("train", "test")):
         import owndata
 
-        return owndata.load_parts(folder, "CIFAR-10")
+        jpeg = any(file.suffix.lower() in (".jpg", ".jpeg") for file in folder.rglob("*"))
+        source = "JPEG copy" if jpeg else "PNG folders"
+        return tuple(replace(p, source=source) for p in owndata.load_parts(folder, "CIFAR-10"))
     if not (run.data_dir / "cifar-10-batches-py").is_dir():
         files.fetch("CIFAR-10", run.data_dir)
     files.check_cifar10(run.data_dir / "cifar-10-batches-py")
@@ -426,8 +428,7 @@ def train(
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)  # see _tally
     history, title = History(), checkpoint.path.stem if checkpoint else type(model).__name__
-    source = getattr(getattr(batches, "dataset", None), "source", "own")
-    progress = Progress(title, source, epochs, len(batches), run.device, run.quiet)
+    progress = Progress(title, batches, epochs, run)
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
         parts["random"] = Draws(batches)
@@ -452,8 +453,7 @@ def train(
 
     if graphs:
         step = CapturedStep(step, optimizer)
-    batch_size = getattr(batches, "batch_size", None)
-    with guarded(history, optimizer, batch_size, checkpoint) as interrupted:
+    with guarded(history, optimizer, batches, checkpoint) as interrupted:
         for epoch in range(len(history) + 1, epochs + 1):
             if interrupted:
                 raise KeyboardInterrupt  # the first one was swallowed
@@ -506,7 +506,7 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
     except (RuntimeError, ValueError) as error:
         shape = tuple(images.shape[1:])
         raise UsageError(
-            out_of_memory(error, None) or f"{name} can't take images of shape {shape}: {error}."
+            out_of_memory(error) or f"{name} can't take images of shape {shape}: {error}."
         ) from None
     if logits.ndim < 2 or (len(logits), *logits.shape[2:]) != labels.shape:
         given, needed = tuple(logits.shape[1:]), tuple(labels.shape[1:])
@@ -597,7 +597,7 @@ def _outputs(model: nn.Module, batches: Iterable, run: Settings, shared: bool = 
                 logits = model(images.to(run.device))
             yield logits, labels.to(run.device)
     except (RuntimeError, MemoryError) as error:
-        problem = out_of_memory(error, getattr(batches, "batch_size", None))
+        problem = out_of_memory(error, batches)
         if problem is None:
             raise
         raise UsageError(problem) from None

@@ -74,6 +74,22 @@ def test_a_run_without_a_checkpoint_is_the_same_run(uninterrupted, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_two_processes_find_a_damaged_file_at_once(tmp_path, tally, monkeypatch, capsys):
+    stopped(tmp_path, 2)
+    file = tmp_path / "toy.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    replace = Path.replace
+
+    def slower(path, target):
+        replace(path, target)  # by the other process
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", slower)
+    state = victim.settings(tmp_path).checkpoint("toy")._read()
+    tally.add("faults", survived=len(state["history"]) == 1)
+    assert "going on from the one before it" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_loaded_and_not_repeated(uninterrupted, tmp_path, capsys):
     history, _ = victim.fit(tmp_path)
 

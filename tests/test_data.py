@@ -229,11 +229,15 @@ def test_pictures_of_two_sizes_are_refused_by_name(tmp_path):
         owndata.load_folder(tmp_path, "mine")
 
 
-def test_folders_with_jpegs_are_called_a_jpeg_copy(tmp_path):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (32, 32)).save(tmp_path / name / "0.jpg")
-    assert owndata.load_folder(tmp_path, "CIFAR-10").source == "JPEG copy"
+def test_folders_with_jpegs_are_called_a_jpeg_copy(run, tmp_path):
+    folder = tmp_path / "cifar10"
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(folder / part / name / "0.jpg")
+    full = dataclasses.replace(run, profile="full", data_dir=tmp_path)
+    assert {part.source for part in utils.load_cifar10(full)} == {"JPEG copy"}
+    assert owndata.load_folder(folder / "train", "mine").source == "own"
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_own_data_has_no_threshold_unless_one_is_set(tmp_path):
     assert utils.settings(environ={"PICTURES": str(tmp_path)}).threshold(70.0) == 0
     mark = {"PICTURES": str(tmp_path), "THRESHOLD": "85"}
     assert utils.settings(environ=mark).threshold(70.0) == 85
+    assert utils.settings(environ={"THRESHOLD": "100.0"}).threshold(70.0) == 100
 
 
 def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path):
@@ -256,9 +257,11 @@ def test_the_environment_sets_what_the_settings_cell_shows(tmp_path, monkeypatch
         ("THRESHOLD", "101"),
         ("SIZE", "33"),
         ("SIZE", "00"),
+        ("SIZE", "8"),  # a model that halves three times has single pixels then
         ("FLIP", "no"),
         ("RESUME", "2"),
         ("PICTURES", "/nowhere"),
+        ("SCENES", "~nobody/scenes"),
         ("MY_PICTURE", "/"),
     ],
 )
@@ -308,6 +311,16 @@ def test_a_picture_is_normalised_as_the_training_images_are(shown, run):
         statistics = [100 / 255] * 3, [0.2] * 3
         report.show_prediction(Bright(), images[0] * 0 + value, data, statistics, run)
         assert shown[-1].axes[1].get_yticklabels()[0].get_text() == name
+
+
+def test_an_image_file_has_one_channel_or_three(run, tmp_path, shown):
+    images = torch.zeros(2, 4, 8, 8, dtype=torch.uint8)
+    data = utils.Dataset("infrared", "own", images, torch.zeros(2, 8, 8).long(), ("a", "b"))
+    model = torch.nn.Conv2d(4, 2, 1)
+    with pytest.raises(utils.UsageError, match="infrared has 4 channels: mine.png must be a Tens"):
+        report.show_prediction(model, "mine.png", data, data.statistics(), run)
+    report.show_prediction(model, images[0], data, data.statistics(), run)
+    assert len(shown) == 1
 
 
 def test_the_share_of_each_path(classification):

@@ -76,7 +76,7 @@ def test_quick_runs_write_to_a_folder_of_their_own():
 
 
 def test_the_precision_can_be_overridden_and_is_printed():
-    run = utils.settings(precision=torch.float32, environ={})
+    run = choose(PRECISION="float32")
     assert run.precision == torch.float32
     assert "precision  float32, channels_last" in str(run)
     assert choose(PRECISION="bfloat16").precision == torch.bfloat16

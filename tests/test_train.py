@@ -186,7 +186,7 @@ def test_the_report_every_25_iterations(run, monkeypatch):
 
 def test_a_report_says_where_its_numbers_are_from(run, monkeypatch, capsys):
     monkeypatch.setattr(progress.Progress, "_line", lambda self, text, final: print(text))
-    shown = progress.Progress("toy", "own", 2, 60, run.device)
+    shown = progress.Progress("toy", range(60), 2, run)
     reports = [(1, 25, (50.0, 20, 100, 25)), (1, 50, (80.0, 90, 200, 50)), (2, 25, (1.0, 1, 1, 25))]
     for epoch, step, totals in reports:
         shown.step(epoch, step, torch.tensor(totals, dtype=torch.float64))

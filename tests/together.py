@@ -1,6 +1,7 @@
 """A training run for one process or for several, started by torchrun: see test_distributed.py."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def main(folder: Path, cut: bool) -> None:
 
     One epoch where the run is to be cut.
     """
-    run = utils.settings(torch.float32)
+    run = utils.settings(environ={**os.environ, "PRECISION": "float32"})
     training, test = utils.load_mnist(run)
     training = training.subset(torch.arange(0, 4000, 5))  # 800: the last batch has 32
     torch.manual_seed(utils.rank())  # the first process's weights must win
