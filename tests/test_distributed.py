@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,19 @@ import victim
 import report
 import utils
 from conftest import ROOT, export
+
+RUNS = {
+    "imageclassification": dict(
+        passed=["MNIST", "Pictures"],
+        runs=["cifar10", "cifar10-94", "cifar10-96", "mnist", "mnist-best"],
+        kept={"cifar10", "cifar10-94-0", "cifar10-96-0", "mnist", "mnist-best-0", "mnist-best-1"},
+    ),
+    "imagesegmentation": dict(
+        passed=["Segmentation"],
+        runs=[f"segmentation-{n}" for n in (1, 2, 3, 4, "best")],
+        kept={f"segmentation-{n}" for n in (1, 2, 3, 4, "best")},
+    ),
+}
 
 
 def start(processes, script, *arguments, cwd, **environ):
@@ -62,18 +76,17 @@ def test_two_processes_train_as_one_does(tmp_path):
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-4)
 
 
-def test_a_notebook_runs_under_torchrun(tmp_path):
-    export("imageclassification", tmp_path, questions=set())
+@pytest.mark.parametrize("notebook", sorted(RUNS))
+def test_a_notebook_runs_under_torchrun(notebook, tmp_path):
+    export(notebook, tmp_path, questions=set())
     kept = tmp_path / "kept"
     environ = dict(EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg", CHECKPOINT_DIR=str(kept))
-    out = start(2, "imageclassification.py", cwd=tmp_path, **environ)
-    assert out.count("MNIST: passed, or no threshold set") == 1
+    out = start(2, f"{notebook}.py", cwd=tmp_path, **environ)
+    assert re.findall(r"(\w+): passed, or no threshold set", out) == RUNS[notebook]["passed"]
     records = report.load_records(tmp_path / "figures" / "quick")
-    runs = ["cifar10", "cifar10-94", "cifar10-96", "mnist", "mnist-best"]
-    assert [record["run"] for record in records] == runs
+    assert [record["run"] for record in records] == RUNS[notebook]["runs"]
     assert all(record["device"].startswith("2 x ") for record in records)
-    kept = {path.name for path in (kept / "quick").iterdir()}
-    assert kept >= {"cifar10.pt", "cifar10-94-0.pt", "mnist.pt", "mnist-best-1.pt"}
+    assert {path.stem for path in (kept / "quick").glob("*.pt")} == RUNS[notebook]["kept"]
 
 
 def test_batches_that_are_too_small_to_share_are_refused(run, monkeypatch):
