@@ -419,11 +419,13 @@ def out_of_memory(error: Exception, batches=None) -> str | None:
     The frames that the error came through let go of their tensors.
     """
     texts = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if not known and not any(text in str(error).lower() for text in texts):
+    cudnn = "unable to find an engine"  # what it says when a GPU is full, and seldom otherwise
+    known, text = isinstance(error, (MemoryError, torch.OutOfMemoryError)), str(error).lower()
+    if not known and not any(part in text for part in (*texts, cudnn)):
         return None
     traceback.clear_frames(error.__traceback__)
+    what = f"Probably out of memory ({reason(error)})" if cudnn in text else "Out of memory"
     size = getattr(batches, "batch_size", None) or 1
     if size == 1:
-        return "Out of memory: use a smaller model."
-    return f"Out of memory with batches of {size}: try a batch size of {size // 2}."
+        return f"{what}: use a smaller model."
+    return f"{what} with batches of {size}: try a batch size of {size // 2}."

@@ -87,12 +87,14 @@ class CapturedStep:
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(images, labels)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            torch.cuda.set_stream(before)  # which a recording that fails does not
+            first = error.__context__ or error  # the recording's own end fails, too
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise UsageError(
-                "The training step can't be recorded as a CUDA graph "
-                f"({reason(error.__context__ or error)}): use utils.settings(graphs=False)."
+                f"The training step can't be recorded as a CUDA graph ({reason(first)}): "
+                "restart the kernel and use utils.settings(graphs=False)."
             ) from None
+        finally:
+            torch.cuda.set_stream(before)  # which a recording that fails does not
         return graph, images, labels

@@ -29,7 +29,6 @@ import recipes
 import report
 import settings
 import utils
-from checkpoints import Checkpoint
 from files import UsageError, reason, write_whole
 
 QUESTIONS = {  # all that the notebooks ask, in words
@@ -89,7 +88,7 @@ def compare(
     else:
         started = None
         if run.profile == "full":
-            started = run.checkpoint_dir / "trials" / f"{question}-{epochs}"
+            started = f"trials/{question}-{epochs}"
         rows = [
             _row(question, name, variant, validation, epochs, run, seeds, started)
             for name, variant in variants.items()
@@ -97,7 +96,7 @@ def compare(
         if settings.rank() == 0:
             keep(rows, run.figures)
             if started:
-                shutil.rmtree(started, ignore_errors=True)
+                shutil.rmtree(run.checkpoint_dir / started, ignore_errors=True)
         text = table(rows)
     if record and (run.figures != full or asked is None):
         text += f"\n\nOn record, of the full data:\n\n{table(record)}"
@@ -117,7 +116,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         model = variant.make().to(run.device, memory_format=torch.channels_last)
         optimizer, schedule = _optimizer(model, variant, epochs)
         title = re.sub(r"\W+", "-", f"{name} {seed}")
-        checkpoint = started and Checkpoint(started / f"{title}.pt", run.resume)
+        checkpoint = started and run.checkpoint(f"{started}/{title}")
         history = utils.train(
             model, optimizer, batches, validation, epochs, quiet, schedule, loss, checkpoint
         )

@@ -135,6 +135,7 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
@@ -154,6 +155,34 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     assert len(tapes) == 2 and len(seen) == len(batches)
     for (images, labels), (x, y) in zip(seen, batches, strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_step_that_cannot_be_recorded_is_named(memory, monkeypatch):
+    """The recording's own end hides why; its stream is left, whatever happens."""
+    streams, why = ["first"], "operation not permitted when stream is capturing"
+
+    @contextlib.contextmanager
+    def recording(graph, **options):
+        streams.append("recording")
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("capture_end failed")  # noqa: B904
+
+    def step(images, labels):
+        raise torch.OutOfMemoryError("no memory") if memory else RuntimeError(why)
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    captured = object.__new__(graphs.CapturedStep)
+    captured.step, captured.pool = step, None
+    expected = torch.OutOfMemoryError if memory else utils.UsageError
+    with pytest.raises(expected, match="no memory" if memory else rf"\({why}\): restart"):
+        captured.record(torch.zeros(1), torch.zeros(1))
+    assert streams == ["first", "recording", "first"]
 
 
 def test_only_a_step_that_reads_the_device_is_replayed():
