@@ -363,12 +363,13 @@ def require_finite(
 
 
 @contextlib.contextmanager
-def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None):
+def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None, step=None):
     """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
 
     Ctrl-C ends it without an error, with model and history as they were after the last epoch that
     has a checkpoint (where none has, the weights keep what was begun); what it yields is true from
-    then on. Out of memory and a loss that is not finite become a UsageError.
+    then on. Out of memory and a loss that is not finite become a UsageError. The recordings of a
+    `step` (graphs.CapturedStep) are let go of: a traceback would keep them, and their memory.
     """
     problem, pressed, chain = None, [], signal.getsignal(signal.SIGINT)
 
@@ -406,6 +407,7 @@ def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None):
         if listens:
             signal.signal(signal.SIGINT, chain)
         optimizer.zero_grad()
+        getattr(step, "graphs", {}).clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

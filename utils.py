@@ -453,7 +453,7 @@ def train(
 
     if graphs:
         step = CapturedStep(step, optimizer)
-    with guarded(history, optimizer, batches, checkpoint) as interrupted:
+    with guarded(history, optimizer, batches, checkpoint, step) as interrupted:
         for epoch in range(len(history) + 1, epochs + 1):
             if interrupted:
                 raise KeyboardInterrupt  # the first one was swallowed

@@ -1,5 +1,6 @@
 """Exact resume, refusal of what does not fit, and a plain sentence for whatever stops a run."""
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -11,6 +12,7 @@ import weakref
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -717,6 +719,17 @@ def test_out_of_memory_says_which_batch_size_to_try(allocate, uninterrupted, tmp
         victim.fit(tmp_path, loss=fails_at(3, 2, what))
     assert error.value and held[0]() is None  # no traceback holds on to tensors
     tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
+@pytest.mark.parametrize("problem", [None, utils.UsageError, KeyboardInterrupt, RuntimeError])
+def test_recordings_do_not_outlive_training(problem):
+    step, errors = SimpleNamespace(graphs={"shape": "recording"}), (utils.UsageError, RuntimeError)
+    with pytest.raises(errors) if problem in errors else contextlib.nullcontext():
+        with checkpoints.guarded([], torch.optim.SGD([torch.zeros(1)]), None, None, step):
+            assert step.graphs
+            if problem:
+                raise problem
+    assert step.graphs == {}
 
 
 def test_out_of_memory_in_evaluation(run):
