@@ -363,7 +363,7 @@ def require_finite(
 
 
 @contextlib.contextmanager
-def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None, step=None):
+def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None, step):
     """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
 
     Ctrl-C ends it without an error, with model and history as they were after the last epoch that

@@ -21,6 +21,10 @@ from PIL import Image
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = {  # what each notebook trains and records
+    "imageclassification": ["cifar10", "cifar10-94", "cifar10-96", "mnist", "mnist-best"],
+    "imagesegmentation": [f"segmentation-{n}" for n in (1, 2, 3, 4, "best")],
+}
 sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402

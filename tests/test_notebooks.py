@@ -17,13 +17,9 @@ from torch import nn
 import recipes
 import report
 import utils
-from conftest import ROOT, export
+from conftest import ROOT, RUNS, export
 
 NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
-RUNS = {
-    "imageclassification": ["cifar10", "cifar10-94", "cifar10-96", "mnist", "mnist-best"],
-    "imagesegmentation": [f"segmentation-{n}" for n in (1, 2, 3, 4, "best")],
-}
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
