@@ -438,17 +438,17 @@ def pixel_facts(scores: PixelScores, classes: Sequence[str]) -> dict:
     return facts
 
 
-def describe_pixels(record: dict) -> str:
-    """The test scores of a record that has `pixel_facts`, beside their landmarks."""
-    lines = [f"test: {record['official_test_accuracy']:.2f}% of pixels, "]
-    lines[0] += f"mean IoU {record['mean_iou']:.2f}%"
+def describe_pixels(scores: PixelScores, classes: Sequence[str]) -> str:
+    """Scores of pixels in words: all of them, then digits and backgrounds, where there are both."""
+    facts = pixel_facts(scores, classes)
+    lines = [f"{scores.accuracy:.2f}% of pixels, mean IoU {scores.mean_iou:.2f}%"]
     for kind in ("digits", "backgrounds"):
-        if of := record.get(kind):
+        if of := facts.get(kind):
             lines.append(
                 f"{kind}, {of['share']:.1f}% of all: {of['accuracy']:.2f}% right, "
                 f"mean IoU {of['mean_iou']:.2f}%"
             )
-    return "\n".join([*lines, landmarks(record)])
+    return "\n".join(lines)
 
 
 def landmarks(record: dict) -> str:
@@ -558,7 +558,8 @@ def show_prediction(
 def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) -> None:
     """Scenes from all over a data set, a column each, with a row per label map (N, H, W).
 
-    The first map is also drawn over its image. Ignored pixels are white.
+    The first map is also drawn over its image. Ignored pixels are white. Under a map stand its
+    two commonest classes, if each has a twentieth of its pixels.
     """
     shades = plt.get_cmap("tab20").colors
     shades = shades[0::2] + shades[1::2]  # of 20 classes, digits dark and backgrounds light
@@ -575,9 +576,19 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
     figure, grid = plt.subplots(len(rows), count, figsize=size, layout="constrained", squeeze=False)
     for line, (title, pictures) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(title, fontsize=8)
-        for axes, picture in zip(line, pictures, strict=True):
+        for axes, picture, scene in zip(line, pictures, scenes, strict=True):
             axes.imshow(picture)
             axes.set(xticks=[], yticks=[])
+            under = _commonest(maps[title][scene], dataset.classes) if title in maps else ""
+            axes.set_xlabel(under, fontsize=6, labelpad=2)
     patches = [Patch(color=palette[c], label=name) for c, name in enumerate(dataset.classes)]
     figure.legend(handles=patches, loc="outside right center", fontsize=7)
     plt.show()
+
+
+def _commonest(labels: Tensor, classes: Sequence[str]) -> str:
+    """The two commonest classes of a label map (H, W), if each has a twentieth of its pixels."""
+    labels = labels[labels != IGNORE].flatten().long()
+    counts = torch.bincount(labels, minlength=2).topk(2)
+    pairs = zip(counts.values.tolist(), counts.indices.tolist(), strict=True)
+    return ", ".join(classes[c] for count, c in pairs if count and 20 * count >= len(labels))

@@ -339,7 +339,7 @@ def tasks(run: settings.Settings, width: int) -> dict[str, Task]:
 
 def segmenter(ladder, layers) -> Callable[[int], nn.Module]:
     """The function from width to model that one rung of the ladder is."""
-    return lambda width: ladder.Segmenter(layers(width), width)
+    return lambda width: ladder.Segmenter(layers, width)
 
 
 def table(rows: list[dict]) -> str:

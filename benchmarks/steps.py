@@ -59,8 +59,7 @@ def cases() -> dict[str, Case]:
         "cifar10": Case(reader.CifarResNet, 128, 200, muon=False),
     }
     for name, layers in painter.LADDER.items():
-        rung = partial(lambda layers: painter.Segmenter(layers()), layers)
-        found[name] = Case(rung, 64, 200, pixels=True)
+        found[name] = Case(partial(painter.Segmenter, layers), 64, 200, pixels=True)
     digits["options"] = reader.WARP
     found["mnist-best"] = Case(reader.DigitNet, 250, 192, batches=recipes.Warped, **digits)
     for aim, shape in reader.SHAPES.items():

@@ -87,9 +87,9 @@ def test_each_rung_adds_to_the_one_before(segmentation):
 def test_the_ladder_labels_every_pixel_and_stays_affordable(segmentation):
     costs = []
     for layers in segmentation.LADDER.values():
-        small = segmentation.Segmenter(layers(4), 4)
+        small = segmentation.Segmenter(layers, 4)
         assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 20, 32, 32)
-        costs.append(report.multiply_adds(segmentation.Segmenter(layers()), (3, 32, 32)))
+        costs.append(report.multiply_adds(segmentation.Segmenter(layers), (3, 32, 32)))
     assert costs == sorted(costs) and costs[-1] < 2.5e9
 
 
@@ -97,7 +97,7 @@ def test_width_scales_every_model(classification, segmentation):
     for model in (classification.MnistCNN, classification.CifarResNet):
         assert report.parameters(model(8)) < report.parameters(model()) / 40
     for layers in segmentation.LADDER.values():
-        small, full = segmentation.Segmenter(layers(8), 8), segmentation.Segmenter(layers())
+        small, full = segmentation.Segmenter(layers, 8), segmentation.Segmenter(layers)
         assert report.parameters(small) < report.parameters(full) / 40
 
 

@@ -107,8 +107,10 @@ def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(name, score,
     assert words == [True] * len(words)
 
 
-def test_a_best_classifier_that_was_stopped_goes_on_no_record(run, monkeypatch):
-    cells = json.loads((ROOT / NOTEBOOKS[0]).read_text(encoding="utf-8"))["cells"]
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_model_that_was_stopped_goes_on_no_record(name, run, monkeypatch):
+    """The best classifiers, and all models of pixels."""
+    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
     scope = dict(partial=partial, nn=nn, torch=torch, utils=utils, report=report, recipes=recipes)
     exec(next(source for source in sources if source.startswith("def fit(name, make")), scope)
@@ -116,8 +118,11 @@ def test_a_best_classifier_that_was_stopped_goes_on_no_record(run, monkeypatch):
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     data = utils.Dataset("toy", "sample", images, torch.arange(4) % 2, ("a", "b"))
     batches, make = utils.Batches(data, 2, run), partial(nn.Conv2d, 1, 2, 3, bias=False)
-    with pytest.raises(KeyboardInterrupt, match="digits: stopped after 1 of 2 epochs"):
-        scope["fit"]("digits", make, batches, batches, batches, 2, run, (0,), False)
+    scope |= dict(run=run, validation=batches, SEED=0, RATE=0.1, models={})
+    more = [batches, batches, 2, run, (0,), False] if name == NOTEBOOKS[0] else [2]
+    with pytest.raises(KeyboardInterrupt, match="first: stopped after 1 of 2 epochs"):
+        scope["fit"]("first", make, batches, *more)
+    assert not scope["models"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

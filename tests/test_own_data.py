@@ -294,7 +294,7 @@ def test_a_picture_of_your_own(shown, run, tmp_path, classification, segmentatio
         report.show_prediction(model, tmp_path / "mine.png", data, data.statistics(), run)
         bars = shown[-1].axes[1].patches
         assert len(bars) == 5 and bars[0].get_width() >= bars[4].get_width() > 0
-    model = segmentation.Segmenter(segmentation.first(4), 4, classes=10)
+    model = segmentation.Segmenter(segmentation.first, 4, classes=10)
     report.show_prediction(model, tmp_path / "mine.png", data, data.statistics(), run)
     assert len(shown) == 3 and len(shown[-1].axes) == 3  # image, labels over it, labels
 

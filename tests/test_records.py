@@ -166,6 +166,10 @@ def test_pictures_of_odd_data_sets(monkeypatch):
     maps = torch.arange(5)[:, None, None].repeat(1, 8, 8) * 5 + torch.arange(8) % 5
     maps[0, 0, 0] = utils.IGNORE
     names = tuple(f"class {c}" for c in range(25))
+    maps[4] = utils.IGNORE
+    maps[2, :2], maps[2, 2] = 10, 11
     report.show_scenes(utils.Dataset("many", "own", images, maps, names), {"label": maps}, count=3)
     assert len(shown) == 2
+    under = [axes.get_xlabel() for axes in shown[-1].axes[-2:]]
+    assert under == ["class 10, class 11", ""]
     plt.close("all")

@@ -80,9 +80,10 @@ def test_digits_and_backgrounds_are_scored_apart():
     assert facts["digits"] == pytest.approx(dict(share=20, accuracy=50, mean_iou=50))
     of_both = (100 * 4 / 6 + 100 * 3 / 4) / 2
     assert facts["backgrounds"] == pytest.approx(dict(share=80, accuracy=87.5, mean_iou=of_both))
-    text = report.describe_pixels(dict(official_test_accuracy=scores.accuracy, **facts))
-    assert "test: 80.00% of pixels" in text and "digits, 20.0% of all: 50.00% right" in text
-    assert text.endswith("everywhere; 80.0%, every background right and no digit found")
+    text = report.describe_pixels(scores, ("digit 0", "sea", "sky"))
+    assert text.startswith("80.00% of pixels") and "digits, 20.0% of all: 50.00% right" in text
+    both = "landmarks: 50.0%, the commonest class everywhere; 80.0%, every background right and "
+    assert report.landmarks(facts) == f"{both}no digit found"
     for classes in (("sky", "sea", "land"), ("digit 0", "digit 1", "digit 2")):
         alike = report.pixel_facts(scores, classes)  # of one kind
         assert alike == dict(mean_iou=scores.mean_iou, majority=facts["majority"])

@@ -250,7 +250,7 @@ def test_stacked_filters_step_as_single_ones_do(segmentation, monkeypatch):
         if not stacked:
             monkeypatch.setattr(recipes.Muon, "stacks", lambda self: [[w] for w in self.filters])
         torch.manual_seed(0)
-        model = segmentation.Segmenter(segmentation.fourth(16), 16).cuda()
+        model = segmentation.Segmenter(segmentation.fourth, 16).cuda()
         optimizer = recipes.Muon(model)
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
