@@ -482,44 +482,6 @@ def show_filters(convolution: nn.Conv2d) -> None:
 
 
 @torch.inference_mode()
-def path_shares(model: nn.Module, images: Tensor) -> list[float]:
-    """What each ResBlock's path adds to its skip: its part of the two, in percent, for a batch.
-
-    Root mean squares of what is added: 0 is a block that passes its input on, 50 one whose path and
-    skip weigh the same.
-    """
-    blocks = [m for m in model.modules() if hasattr(m, "path") and hasattr(m, "skip")]
-    sizes: dict[nn.Module, float] = {}
-
-    def remember(module, inputs, output):
-        sizes[module] = output.float().square().mean().sqrt().item()
-
-    parts = [part for block in blocks for part in (block.path, block.skip)]
-    hooks = [part.register_forward_hook(remember) for part in parts]
-    try:
-        model.eval()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [100 * sizes[b.path] / (sizes[b.path] + sizes[b.skip]) for b in blocks]
-
-
-def show_path_shares(shares: Mapping[str, Sequence[float]]) -> None:
-    """`path_shares` of one or several models, by name, block after block."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    markers, colours = "osD^v", ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-    for number, (name, share) in enumerate(shares.items()):
-        style = dict(marker=markers[number % 5], color=colours[number % 5], label=name)
-        axes.plot(range(1, len(share) + 1), share, **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="ResBlock, from the input on", ylabel="%", ylim=(0, 100))
-    axes.set_title("what the path adds, beside the skip")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    plt.show()
-
-
-@torch.inference_mode()
 def show_prediction(
     model: nn.Module, picture: str | Path | Tensor, dataset: Dataset, statistics, run: Settings
 ) -> None:

@@ -323,20 +323,6 @@ def test_an_image_file_has_one_channel_or_three(run, tmp_path, shown):
     assert len(shown) == 1
 
 
-def test_the_share_of_each_path(classification):
-    block = classification.ResBlock(4, 4)
-    images = torch.rand(2, 4, 8, 8)
-    torch.nn.init.zeros_(block.path[-1].weight)  # the path then adds nothing
-    assert report.path_shares(torch.nn.Sequential(block), images) == [0.0]
-    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1))
-    assert report.path_shares(plain, images) == []
-    torch.manual_seed(0)
-    block = classification.ResBlock(4, 4).eval()
-    path, skip = (part(images).square().mean().sqrt() for part in (block.path, block.skip))
-    expected = (100 * path / (path + skip)).item()
-    assert report.path_shares(block, images) == [pytest.approx(expected, rel=1e-5)]
-
-
 def test_confusion_bars_and_filters(shown):
     labels = torch.tensor([0, 0, 1, 2, 255])
     confusion = utils.confusion_matrix(labels, torch.tensor([0, 1, 1, 2, 0]), 3)
