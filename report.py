@@ -520,8 +520,8 @@ def show_prediction(
 def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) -> None:
     """Scenes from all over a data set, a column each, with a row per label map (N, H, W).
 
-    The first map is also drawn over its image. Ignored pixels are white. Under a map stand its
-    two commonest classes, if each has a twentieth of its pixels.
+    The first map is also drawn over its image. Ignored pixels are white. Under a map stand the
+    two commonest classes of those that have a thirtieth of its pixels.
     """
     shades = plt.get_cmap("tab20").colors
     shades = shades[0::2] + shades[1::2]  # of 20 classes, digits dark and backgrounds light
@@ -549,8 +549,8 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
 
 
 def _commonest(labels: Tensor, classes: Sequence[str]) -> str:
-    """The two commonest classes of a label map (H, W), if each has a twentieth of its pixels."""
+    """The two commonest classes of those that have a thirtieth of a label map's (H, W) pixels."""
     labels = labels[labels != IGNORE].flatten().long()
     counts = torch.bincount(labels, minlength=2).topk(2)
     pairs = zip(counts.values.tolist(), counts.indices.tolist(), strict=True)
-    return ", ".join(classes[c] for count, c in pairs if count and 20 * count >= len(labels))
+    return ", ".join(classes[c] for count, c in pairs if count and 30 * count >= len(labels))
