@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -333,13 +334,8 @@ def tasks(run: settings.Settings, width: int) -> dict[str, Task]:
         Task("cifar10", models.CifarResNet, width, 128, 1e-3, *pictures, True),
     ]
     for name, layers in ladder.LADDER.items():
-        found.append(Task(name, segmenter(ladder, layers), width, 64, 1e-3, *scenes, True))
+        found.append(Task(name, partial(ladder.Segmenter, layers), width, 64, 1e-3, *scenes, True))
     return {task.name: task for task in found}
-
-
-def segmenter(ladder, layers) -> Callable[[int], nn.Module]:
-    """The function from width to model that one rung of the ladder is."""
-    return lambda width: ladder.Segmenter(layers, width)
 
 
 def table(rows: list[dict]) -> str:
