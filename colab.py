@@ -30,9 +30,9 @@ def set_up(drive: str | None = None) -> None:
 
         google_drive.mount("/content/drive")
         folder = Path("/content/drive/MyDrive") / drive
-        os.environ.setdefault("DATA_DIR", str(folder / "data"))
-        os.environ.setdefault("CHECKPOINT_DIR", str(folder / "checkpoints"))
-        print(f"Data and checkpoints are kept in {folder}.")
+        for name, usual in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
+            os.environ[name] = str(folder / os.environ.get(name, usual))  # yours may be elsewhere
+            print(f"{usual.capitalize()} are kept in {os.environ[name]}.")
     if not torch.cuda.is_available():
         print(
             "\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all again."

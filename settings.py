@@ -165,6 +165,7 @@ def settings(
     named = value["PRECISION"]
     precision = getattr(torch, named) if named else best_precision(device)
     if device.type == "cuda":
+        require_code(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = precision != torch.float32  # it is float32, then
     if precision == torch.float16:  # a step that overflows is left out, and it may be the first
@@ -243,6 +244,21 @@ def best_precision(device: torch.device) -> torch.dtype:
         checks.append("_is_avx512_bf16_supported")
     native = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
     return torch.bfloat16 if native else torch.float32
+
+
+def require_code(device: torch.device) -> None:
+    """Refuse a GPU older than all that this build of torch has code for, before its first kernel.
+
+    In 2026 the usual builds begin with the T4's compute capability, 7.5.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [int(digits) for digits in re.findall(r"sm_(\d+)", str(torch.cuda.get_arch_list()))]
+    if known and 10 * major + minor < min(known):
+        raise UsageError(
+            f"torch {torch.__version__} has no code for the {torch.cuda.get_device_name(device)}, "
+            f"whose compute capability is {major}.{minor}: install a build of torch for CUDA 12.6, "
+            "or hide the GPU with CUDA_VISIBLE_DEVICES=-1."
+        )
 
 
 def hardware_name(device: torch.device) -> str:

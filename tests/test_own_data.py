@@ -376,6 +376,10 @@ def test_colab_installs_what_is_missing_and_keeps_its_torch(tmp_path, monkeypatc
     assert mounted == ["/content/drive"] and "NO GPU IS ON" in capsys.readouterr().out
     assert utils.settings().checkpoint_dir.parts[-2:] == ("vision", "checkpoints")
     assert utils.settings().data_dir.parts[-2:] == ("vision", "data")
+    monkeypatch.setenv("CHECKPOINT_DIR", "checkpoints/five")
+    colab.set_up("vision")  # a folder of their own lies on the Drive, too
+    assert utils.settings().checkpoint_dir.parts[-3:] == ("vision", "checkpoints", "five")
+    assert f"Checkpoints are kept in {utils.settings().checkpoint_dir}." in capsys.readouterr().out
 
 
 def test_colab_knows_what_is_missing(tmp_path, monkeypatch):

@@ -43,6 +43,19 @@ def test_checkpoints_are_saved_as_often_as_the_place_bears():
     assert dataclasses.replace(cpu, checkpoint_dir=drive).checkpoint("a").every == 0
 
 
+def test_a_gpu_that_torch_has_no_code_for_is_refused(monkeypatch):
+    capability = {"old": (6, 0), "a T4": (7, 5), "a new one": (12, 1)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    for known in ("a T4", "a new one"):
+        settings.require_code(known)
+    with pytest.raises(utils.UsageError, match="no code for the old, whose .* is 6.0: install"):
+        settings.require_code("old")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx942"])  # AMD's have other names
+    settings.require_code("old")
+
+
 @pytest.mark.parametrize("profile", ["Full", "fast", "1"])
 def test_an_unknown_profile_is_refused(profile):
     with pytest.raises(utils.UsageError, match=f"PROFILE is '{profile}': set it to full, short or"):
