@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,9 +265,9 @@ def draw_history(record: dict) -> plt.Figure:
     """Accuracy against epoch for one record, its facts and the write-up's in the caption."""
     history, old = [Epoch(**e) for e in record["history"]], write_up(record)
     figure = draw_curves(history, record["run"], record["source"], record["epochs"], height=4.8)
-    caption = (
-        f"{record['dataset']} ({record['source']}) on {record['device']}, {record['precision']}.\n"
-        f"Run time {duration(record['train_seconds'])} for {record['epochs']} "
+    made = f"{record['dataset']} ({record['source']}) on {record['device']}, {record['precision']}."
+    caption = textwrap.fill(made, 90) + (
+        f"\nRun time {duration(record['train_seconds'])} for {record['epochs']} "
         f"epoch{'s' if record['epochs'] > 1 else ''}. "
         f"Best score {record['best_accuracy']:.2f}% at epoch {record['best_epoch']}, "
         f"final score {record['final_accuracy']:.2f}%."

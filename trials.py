@@ -133,6 +133,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
     changes = np.abs(np.diff(curves[:, max(0, epochs // 2 - 1) :]))
     ious = [one["mean_iou"] for one in pixels]
     kinds = [kind for kind in ("digits", "backgrounds") if pixels and kind in pixels[0]]
+    devices = dict.fromkeys(history.made["device"] for history in histories)
     return dict(
         question=question,
         variant=name,
@@ -156,7 +157,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         source=data.source,
         split=f"{len(data)} training, {len(validation.dataset)} validation images",
         precision=settings.dtype_name(run.precision),
-        **histories[0].made,
+        **{**histories[0].made, "device": ", ".join(devices)},
     )
 
 
@@ -230,9 +231,10 @@ def table(rows: Sequence[dict]) -> str:
             halves = row["iou_spread"], row["digits_iou"], row["backgrounds_iou"]
             lines[-1] += "".join(f"{value:>8.2f}" for value in halves)
     row, plural = rows[0], "s" * (rows[0]["epochs"] > 1)
+    devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     lines.append(
         f"{len(row['seeds'])} seeds each, {row['epochs']} epoch{plural}; {row['dataset']} "
-        f"({row['source']}), {row['split']}; {row['device']}"
+        f"({row['source']}), {row['split']}; {devices}"
     )
     return "\n".join(lines)
 

@@ -4,7 +4,8 @@
 
 Each process has one thread on a CPU, or one GPU. The rounds alternate: alone, together, alone, ..;
 the efficiency is the speed together over the speed alone times the number of processes. The model
-is CifarResNet on the samples, the batch 128 for each process.
+is CifarResNet on the samples, the batch 128 for each process. Steps are ordinary ones, alone too,
+where a GPU would replay them as graphs and be faster: beside several that is not the efficiency.
 """
 
 from __future__ import annotations

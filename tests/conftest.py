@@ -78,7 +78,9 @@ def tally():
 def pytest_sessionfinish(session, exitstatus):
     """Leave the count in figures/faults.json, if all fault tests were run, and nothing else."""
     options = session.config.option
-    some = session.config.args_source is not session.config.ArgsSource.TESTPATHS or options.keyword
+    some = session.config.args_source is not session.config.ArgsSource.TESTPATHS or any(
+        getattr(options, name, None) for name in "keyword lf maxfail deselect ignore".split()
+    )
     if options.markexpr != "faults" or options.collectonly or some or exitstatus not in (0, 1):
         return
     facts = dict(

@@ -516,11 +516,12 @@ def test_a_variant_says_what_is_scored(run, pictures, tmp_path, monkeypatch):
 
 
 def test_a_row_of_a_question_is_what_its_runs_had(run, pictures, monkeypatch):
-    scores = iter([(50.0, 60.0, 64.0, 70.0), (50.0, 60.0, 70.0, 74.0)])
+    runs = iter([("a CPU", (50.0, 60.0, 64.0, 70.0)), ("a GPU", (50.0, 60.0, 70.0, 74.0))])
 
     def train(*arguments):
-        epochs = enumerate(next(scores), start=1)
-        return utils.History([(n, 2.0, 1.0, 50.0, score, 0.5) for n, score in epochs])
+        device, scores = next(runs)
+        epochs = [(n, 2.0, 1.0, 50.0, score, 0.5) for n, score in enumerate(scores, start=1)]
+        return utils.History(epochs, dict(device=device))
 
     monkeypatch.setattr(utils, "train", train)
     batches = utils.Batches(pictures, 20, run)
@@ -531,6 +532,7 @@ def test_a_row_of_a_question_is_what_its_runs_had(run, pictures, monkeypatch):
     assert (row["mean"], row["seconds"]) == (72, 8)
     assert row["spread"] == pytest.approx(8**0.5)  # 70 and 74, each 2 from the mean, over n - 1
     assert row["jitter"] == pytest.approx((4 + 6 + 10 + 4) / 4)  # from the second epoch on
+    assert trials.table([row, {**row, "device": "another"}]).endswith("; a CPU, a GPU, another")
 
 
 def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypatch):
@@ -604,3 +606,13 @@ def test_one_question_can_be_asked_alone(run, pictures, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trials.py", "mnits"])
     with pytest.raises(SystemExit, match="mnits. The questions are mnist, cifar10"):
         trials.main()
+
+
+def test_the_notebooks_ask_every_question_when_trials_runs_them(monkeypatch):
+    asked = []
+    monkeypatch.setenv("PROFILE", "quick")
+    monkeypatch.setattr(sys, "argv", ["trials.py"])
+    monkeypatch.setattr(trials, "asked", None)
+    monkeypatch.setattr(trials, "compare", lambda question, *_: asked.append(question))
+    trials.main()
+    assert sorted(asked) == sorted(trials.QUESTIONS)

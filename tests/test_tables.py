@@ -98,17 +98,30 @@ def strangers(text: str, known: list[tuple[str, float]]) -> list[str]:
     return odd
 
 
+def skip_unless_committed(*files):
+    """Skip the test where these files are, or may be, someone's own."""
+    options = dict(cwd=ROOT, check=True, capture_output=True)
+    try:
+        assert (ROOT / ".git").exists()
+        subprocess.run(["git", "rev-parse", "--verify", "HEAD"], **options)
+    except (AssertionError, OSError, subprocess.CalledProcessError):
+        pytest.skip(f"without git and a commit nobody can tell whose runs {files} hold")
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *files], cwd=ROOT).returncode:
+        pytest.skip(f"{files} differ from what is committed: runs of your own?")
+
+
 @pytest.fixture
 def on_record():
     """The runs on record, where figures/ is as it was committed: not someone's own runs."""
-    command = ["git", "diff", "--quiet", "HEAD", "--", "figures/results.json"]
-    if not (ROOT / ".git").exists():
-        pytest.skip("without .git nobody can tell whose runs figures/results.json holds")
-    code = subprocess.run(command, cwd=ROOT).returncode
-    if code == 1:
-        pytest.skip("figures/results.json holds runs of your own: `python tables.py` shows them")
-    assert code == 0, "git cannot tell whether figures/results.json was changed"
+    skip_unless_committed("figures/results.json")
     return tables.records()
+
+
+@pytest.fixture
+def as_executed(on_record):
+    """The same, where the notebooks have the outputs that are committed, too."""
+    skip_unless_committed(*NOTEBOOKS)
+    return on_record
 
 
 def test_a_number_that_no_run_gave_is_found():
@@ -125,6 +138,24 @@ def test_a_number_that_no_run_gave_is_found():
 @pytest.mark.parametrize("page", [*tables.PAGES, *NOTEBOOKS])
 def test_numbers_in_prose_are_those_of_runs(page, on_record):
     assert strangers(prose()[page], measured()) == []
+
+
+def test_the_readme_gives_the_ratios_of_the_speed_benchmark():
+    rows = json.loads((ROOT / "benchmarks" / "speed.json").read_text(encoding="utf-8"))["rows"]
+    ratio = {(row["model"], row["metric"]): row["ratio"] for row in rows}
+    training = {model: r for (model, metric), r in ratio.items() if metric.startswith("training,")}
+    rungs = [f"{r:.3g}" for model, r in training.items() if model.startswith("seg")]
+    moved = [f"{r:.0f}" for (_, metric), r in ratio.items() if "flipped and moved" in metric]
+    sooner = (1 / ratio[name, f"time to {report.WRITE_UP[name]['best']:.2f}% of the 20% split, s"]
+              for name in ("mnist", "cifar10"))  # fmt: skip
+    said = (
+        f"B trains {training['mnist']:.3g} (mnist), {training['cifar10']:.3g} (cifar10) and "
+        f"{min(rungs)} to {max(rungs)} (segmentation) times as fast as A",
+        f"flipped and moved, is {min(moved)} to {max(moved)} times as fast",
+        "write-up's best scores {:.3g} (mnist) and {:.3g} (cifar10) times sooner".format(*sooner),
+    )
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert [sentence for sentence in said if sentence not in readme] == []
 
 
 HEADINGS = {  # what stands before the final score of each run
@@ -163,7 +194,7 @@ def test_every_table_has_its_place():
         assert sorted(re.findall(mark, text)) == sorted(tables.BLOCKS)
 
 
-def test_the_pages_show_what_is_there(on_record):
+def test_the_pages_show_what_is_there(as_executed):
     assert (ROOT / "figures" / "scenes.png").read_bytes() == tables.scenes()
     for page in tables.PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -197,13 +228,13 @@ def test_every_run_is_on_record_with_all_its_facts(on_record):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_the_notebooks_show_the_runs_on_record(name, on_record):
+def test_the_notebooks_show_the_runs_on_record(name, as_executed):
     """The committed outputs have the lines of the summaries and of the questions' tables."""
     cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     shown = "".join("".join(output.get("text", "")) for output in outputs)
     segmentation = name == "imagesegmentation.ipynb"
-    chosen = [r for r in on_record.values() if r["run"].startswith("seg") == segmentation]
+    chosen = [r for r in as_executed.values() if r["run"].startswith("seg") == segmentation]
     lines = report.summary(chosen).splitlines()[1:]
     for row in trials.load(ROOT / "figures"):
         if (row["mean_iou"] is not None) == segmentation:
