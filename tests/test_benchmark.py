@@ -153,6 +153,18 @@ def test_the_peer_whitens_by_images_of_all_classes(run, tmp_path):
     assert row["test_accuracy"] == 50
 
 
+@pytest.mark.parametrize("name", ["mnist-best", "cifar10-94", "segmentation-best"])
+def test_the_best_models_are_trained_and_scored(name, run, monkeypatch):
+    for load in ("load_mnist", "load_cifar10", "load_scenes", "load_layers"):
+        parts = getattr(utils, load)(run)
+        parts = [part.subset(torch.arange(min(500, len(part)))) for part in parts]
+        monkeypatch.setattr(utils, load, lambda run, parts=parts: parts)
+    row = best.RUNS[name](dataclasses.replace(run, quiet=True), 3)
+    assert (row["images"], row["epochs"], row["seed"]) == (500, 1, 3)
+    assert row["flops"] > 0 and row["train_seconds"] > 0
+    assert f" | {row['test_accuracy']:.2f}%" in best.table([{"model": name, **row}])
+
+
 def test_a_run_that_was_stopped_leaves_no_row(run, monkeypatch):
     monkeypatch.setattr(utils, "train", lambda *parts: utils.History())
     with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 1 epochs"):
