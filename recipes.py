@@ -26,8 +26,8 @@ class Muon(torch.optim.AdamW):
     Filters are the weights of convolutions without a bias; each must be followed by a batch
     normalisation, so that its filters' scale has no effect. Their averaged gradient, as a matrix
     with a row for each filter, is made orthogonal, so that a step moves every direction by as much.
-    Filters keep a norm of 1, in root mean square, so that `filters`, their learning rate, is
-    relative; `others` is AdamW's.
+    Before each step a layer's filters are scaled to a norm of 1, in root mean square over them, so
+    that `filters`, their learning rate, is relative; `others` is AdamW's.
     In float16 every step waits for the device, as GradScaler asks whether the gradients are finite.
     Jordan et al., Muon, 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes matrices
     only.

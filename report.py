@@ -7,6 +7,7 @@ and nothing else, so figures/ can be drawn again from figures/results.json.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import textwrap
@@ -400,6 +401,40 @@ def show_mistakes(dataset: Dataset, guesses: Tensor, probabilities: Tensor) -> N
     names, sure = dataset.classes, (100 * probabilities).round().int()
     titles = [f"{names[guesses[i]]}, {sure[i]}%\nis {names[dataset.labels[i]]}" for i in worst]
     show_images(dataset.images[worst], titles)
+
+
+def calibration(right: Tensor, probabilities: Tensor, bins: int = 10) -> tuple[Tensor, float]:
+    """How often guesses of about one probability are right.
+
+    Guesses (N), right ones True, are dealt by their probability, above 0 and up to 1, into bins of
+    equal width. Returns float64 (3, bins): of each bin the mean probability and the share of right
+    guesses, both in percent and NaN where it is empty, and the number of guesses; and the expected
+    calibration error, the distance of a bin's two percentages, averaged over all guesses (Naeini et
+    al., *Obtaining Well Calibrated Probabilities Using Bayesian Binning*, 2015).
+    """
+    place = (probabilities.double() * bins).ceil().long().clamp(1, bins) - 1
+    count = torch.bincount(place, minlength=bins)
+    said, hits = (torch.bincount(place, each.double(), bins) for each in (probabilities, right))
+    error = 100 * (said - hits).abs().sum() / len(right)
+    return torch.stack([100 * said / count, 100 * hits / count, count.double()]), error.item()
+
+
+def show_calibration(models: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """A reliability diagram of (right, probabilities) for each model, see `calibration`.
+
+    A bin of fewer than 20 guesses is left out of the picture, as its share is mostly chance.
+    """
+    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    axes.plot([0, 100], [0, 100], color="black", ls="--", lw=1, label="as often as it says")
+    for (name, guesses), marker in zip(models.items(), itertools.cycle("os^Dv"), strict=False):
+        (sure, share, count), error = calibration(*guesses)
+        shown = count >= 20
+        label = f"{name}: off by {error:.1f} points"
+        axes.plot(sure[shown].numpy(), share[shown].numpy(), marker=marker, label=label)
+    axes.set(xlabel="probability of the guess, %", ylabel="guesses that are right, %")
+    axes.set(xlim=(0, 102), ylim=(0, 102), title="how sure, and how often right")
+    axes.legend(loc="lower right", fontsize=8)
+    plt.show()
 
 
 def show_confusion(confusion: Tensor, classes: Sequence[str]) -> None:

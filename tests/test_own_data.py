@@ -337,6 +337,21 @@ def test_confusion_bars_and_filters(shown):
     assert len([axes for axes in shown[-1].axes if axes.images]) == 8
 
 
+def test_calibration(shown):
+    """Bins by hand: 30 guesses of 0.65 and 0.75 with 24 right, 10 of 1.0 with all right."""
+    probabilities = torch.tensor([0.65] * 20 + [0.75] * 10 + [1.0] * 10)
+    right = torch.tensor([True] * 15 + [False] * 5 + [True] * 9 + [False] + [True] * 10)
+    (sure, share, count), error = report.calibration(right, probabilities, bins=5)
+    assert count.tolist() == [0, 0, 0, 30, 10]
+    assert sure[3:].tolist() == pytest.approx([100 * (20 * 0.65 + 10 * 0.75) / 30, 100])
+    assert share[3:].tolist() == pytest.approx([80, 100]) and share[:3].isnan().all()
+    assert error == pytest.approx((30 * (80 - 100 * 20.5 / 30) + 10 * 0) / 40)
+    report.show_calibration({"one": (right, probabilities), "two": (right, probabilities)})
+    lines = shown[-1].axes[0].lines
+    assert [len(line.get_xdata()) for line in lines] == [2, 1, 1]  # a bin of ten is left out
+    assert lines[1].get_label() == "one: off by 8.8 points"
+
+
 def test_thresholds_say_what_was_loaded():
     fresh = utils.History([(1, 1.0, 1.0, 90.0, 91.0, 1.0)])
     fresh.loaded = 0
