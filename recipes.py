@@ -151,8 +151,9 @@ def with_dice(scores: Tensor, labels: Tensor, ignore_index: int = -100) -> Tenso
 
     Scores (N, classes, H, W) and labels int64 (N, H, W) to a number. Guesses are probabilities, so
     each of the three is a sum over the batch's pixels (a process's share of them). However few
-    pixels a class has, it counts as much as any. After Milletari et al., V-Net, 2016
-    (arXiv:1606.04797), who have two classes, and sums of squares below the line.
+    pixels a class has, it counts as much as any; one that the batch lacks adds a constant to the
+    loss, and nothing to its gradient. After Milletari et al., V-Net, 2016 (arXiv:1606.04797), who
+    have two classes, and sums of squares below the line.
     """
     counted = (labels != ignore_index)[:, None]
     classes = torch.arange(scores.shape[1], device=labels.device)[:, None, None]

@@ -352,7 +352,7 @@ def summary(records: Sequence[dict]) -> str:
             + (f"{old['final']:>12.2f}" if old else f"{'-':>12}")
             + (f"{final - old['final']:>+7.2f}" if old and not elsewhere else f"{'-':>7}")
         )
-    if "majority" in records[-1]:
+    if records and "majority" in records[-1]:
         lines.append(landmarks(records[-1]))
     return "\n".join(lines)
 
@@ -557,7 +557,8 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
     """Scenes from all over a data set, a column each, with a row per label map (N, H, W).
 
     The first map is also drawn over its image. Ignored pixels are white. Under a map stand the
-    two commonest classes of those that have a thirtieth of its pixels.
+    two commonest classes of those that have a thirtieth of its pixels. From 21 classes on, colours
+    repeat.
     """
     shades = plt.get_cmap("tab20").colors
     shades = shades[0::2] + shades[1::2]  # of 20 classes, digits dark and backgrounds light

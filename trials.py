@@ -68,8 +68,8 @@ def compare(
     """Train every variant from every seed and return a table, a line a variant.
 
     Scores are of the validation set after the last epoch, mean and sample standard deviation over
-    the seeds, by default three, in the quick profile two; `jitter` is the mean change of the score
-    from one epoch to the next in the second half. For label maps the mean IoU stands beside them.
+    the seeds, by default three, in the quick profile two; `jitter` is the mean absolute change of
+    the score between epochs in the second half. For label maps the mean IoU stands beside them.
     trials.json keeps the rows; the record of the full data, where there is one, is shown below
     them. On the full data `python trials.py` alone runs them: a full or short run of a notebook
     shows what is on record, and nothing is run on your own data. What is trained already of the

@@ -143,6 +143,7 @@ def test_the_summary_compares_full_runs_with_the_write_up(recorded):
     assert report.summary([recorded]).splitlines()[1].split()[-2:] == ["-", "-"]
     stopped = {**recorded, "epochs": 120, "planned_epochs": 400}
     assert " 120/400 " in report.summary([stopped])
+    assert len(report.summary([]).splitlines()) == 1
 
 
 def test_figures_are_drawn_again_from_the_results(recorded, tmp_path):
