@@ -6,9 +6,11 @@ never again. `utils.train` asks whether a run may have one, and uses it as it wo
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +51,8 @@ class CapturedStep:
 
     That is what a small batch spends its time on. Each shape of batch has three ordinary steps,
     then its own graph: the short last one, too, and images that grow (`recipes.Resized`). The
-    recording is part of an epoch's seconds. Losses and layers that ask for a value, or draw from
-    Python's generators, can't be replayed: `utils.settings(graphs=False)` is for them.
+    recording is part of an epoch's seconds. Losses and layers that ask for a value, or draw on the
+    CPU, can't be replayed: `utils.settings(graphs=False)` is for them.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
@@ -83,7 +85,7 @@ class CapturedStep:
 
     def record(self, images: Tensor, labels: Tensor):
         """(graph, images, labels): what a replay reads, and does. Nothing is run."""
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph, before, drawn = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), _drawn()
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(images, labels)
@@ -97,4 +99,15 @@ class CapturedStep:
             ) from None
         finally:
             torch.cuda.set_stream(before)  # which a recording that fails does not
+        if _drawn() != drawn:
+            raise UsageError(
+                "The training step draws random numbers on the CPU, which a CUDA graph would "
+                "repeat: use utils.settings(graphs=False)."
+            )
         return graph, images, labels
+
+
+def _drawn() -> tuple:
+    """Where the CPU's generators stand: torch's, NumPy's and Python's."""
+    _, keys, place, *_ = np.random.get_state()
+    return torch.get_rng_state().tolist(), keys.tolist(), place, random.getstate()

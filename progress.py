@@ -36,7 +36,8 @@ class Progress:
         arrived = self.copied is None or self.copied.query()
         if self.place and arrived:
             require_finite(*self.place, self.totals)
-        if self.place and arrived and time.perf_counter() - self.shown > 2:
+        counted = self.place and arrived and self.totals[2] > 0  # some labels may be ignored
+        if counted and time.perf_counter() - self.shown > 2:
             loss, correct, count, _ = self.totals.tolist()
             scores = f"loss {loss / count:.4f}, training {100 * correct / count:.2f}%"
             at = f"epoch {self.place[0]}/{self.epochs}, step {self.place[1]}/{self.steps}"

@@ -77,6 +77,8 @@ def compare(
     """
     full = settings.ROOT / "figures"
     seeds = seeds or run.pick(full=(0, 1, 2), quick=(0, 1))
+    if len(seeds) < 2:
+        raise UsageError(f"{question}: one seed has no spread; give two or more.")
     own = validation.dataset.source == "own"
     if asked is not None and question not in asked:
         return f"{question}: not run now."
@@ -108,6 +110,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
     histories, scores, pixels, data = [], [], [], variant.batches.dataset
     quiet, batches = replace(run, quiet=True), copy.copy(variant.batches)
     loss = variant.loss
+    loss_name = getattr(loss, "__name__", type(loss).__name__)
     if variant.smoothing:
         loss = partial(loss, label_smoothing=variant.smoothing)
     for seed in seeds:
@@ -152,12 +155,12 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         parameters=report.parameters(model),
         recipe=f"Muon {variant.muon}, {_schedule(variant)}, smoothing {variant.smoothing}, "
         f"views {getattr(variant.views, 'keywords', variant.views)}, {batches.augmentation}"
-        + ("" if variant.loss is F.cross_entropy else f", {variant.loss.__name__}"),
+        + ("" if variant.loss is F.cross_entropy else f", {loss_name}"),
         dataset=data.name,
         source=data.source,
         split=f"{len(data)} training, {len(validation.dataset)} validation images",
         precision=settings.dtype_name(run.precision),
-        **{**histories[0].made, "device": ", ".join(devices)},
+        **{**histories[-1].made, "device": ", ".join(devices)},
     )
 
 

@@ -106,6 +106,17 @@ class Dataset:
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def _copies(self) -> dict:
+        return {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(pixels uint8 (N, H, W, C), labels) on a device, one copy for all `Batches` there."""
+        if device not in self._copies:
+            pixels = self.images.permute(0, 2, 3, 1).contiguous().to(device)
+            self._copies[device] = pixels, self.labels.contiguous().to(device)
+        return self._copies[device]
+
     def subset(self, index: Tensor) -> Dataset:
         """The examples at `index`, int64 (M)."""
         groups = None if self.groups is None else self.groups[index]
@@ -300,8 +311,7 @@ class Batches:
         if run.device.type == "cuda":  # up to four million pixels: a launch takes long there
             self.together = max(1, 2**22 // (batch_size * dataset.images[0, 0].numel()))
         # pixels in rows, so that one index_select cuts, shifts and flips, and gives channels_last
-        self.pixels = dataset.images.permute(0, 2, 3, 1).contiguous().to(run.device)
-        self.labels = dataset.labels.contiguous().to(run.device)
+        self.pixels, self.labels = dataset.on(run.device)
         self.mean, self.std = statistics or dataset.statistics()
         mean = torch.tensor(self.mean)
         std = torch.tensor(self.std).clamp(min=1 / 255)  # of even images, too
@@ -514,6 +524,9 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
             f"{name} gives scores of shape {given} for an image, where a label's shape is {needed}"
             f": it should give (classes{''.join(f', {side}' for side in needed)})."
         )
+    if logits.shape[1] > IGNORE:
+        has = f"{logits.shape[1]} classes: {IGNORE} at most, for label {IGNORE} means ignored"
+        raise UsageError(f"{name} gives scores for {has}.")
     if isinstance(dataset, Dataset):
         if logits.shape[1] < len(dataset.classes):
             has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
@@ -540,7 +553,8 @@ def _on_device(batches: Iterable, classes: int, run: Settings):
                 where = f"out of range 0 to {classes - 1}, {first} for one"
                 raise UsageError(f"{count} labels of a batch are {where}.")
         empty = False
-        yield images[share].to(run.device), labels[share].to(run.device)
+        images, labels = images[share], labels[share]
+        yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
     if empty:
         raise UsageError(f"No batch has an image for each of {world()} processes.")
 
@@ -594,8 +608,8 @@ def _outputs(model: nn.Module, batches: Iterable, run: Settings, shared: bool = 
     try:
         for images, labels in mine:
             with run.autocast():
-                logits = model(images.to(run.device))
-            yield logits, labels.to(run.device)
+                logits = model(images.to(run.device, non_blocking=True))
+            yield logits, labels.to(run.device, non_blocking=True)
     except (RuntimeError, MemoryError) as error:
         problem = out_of_memory(error, batches)
         if problem is None:

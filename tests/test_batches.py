@@ -23,6 +23,15 @@ def test_every_example_comes_once_an_epoch(run):
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(50))
 
 
+@pytest.mark.parametrize("maps", [False, True])
+def test_batches_of_one_data_set_share_its_copy_on_the_device(run, maps):
+    dataset = numbered(maps=maps)
+    one, other = utils.Batches(dataset, 16, run), utils.Batches(dataset, 8, run, shuffle=True)
+    assert one.pixels is other.pixels and one.labels is other.labels
+    part = utils.Batches(dataset.subset(torch.arange(20)), 8, run)
+    assert len(part.pixels) == 20 and torch.equal(part.pixels, one.pixels[:20])
+
+
 def test_the_order_comes_from_seed_and_epoch_alone(run):
     def order(seed, epoch):
         batches = utils.Batches(dataset, 16, run, shuffle=True, seed=seed)

@@ -337,9 +337,9 @@ def test_another_version_of_torch_is_no_other_run():
     assert checkpoints._describe(F.cross_entropy) == "cross_entropy"  # not its docstring
     described = set()
     for text in ("One.", "Another."):
-        exec(f'def loss(scores):\n    "{text}"\n    return 2 * scores', own := {})
+        exec(f'def loss(scores):\n    "{text}"\n    return 1000 * scores', own := {})
         described.add(checkpoints._describe(own["loss"]).partition(">")[2])
-    assert described == {" () [2]"}
+    assert described == {" () [1000]"}
     optimizer = torch.optim.SGD(victim.model().parameters(), 0.1)
     schedule = utils.one_cycle(optimizer, range(10), 3, 0.1)
     before = checkpoints._describe_schedule(schedule)

@@ -699,6 +699,7 @@ def toy(channels=1, classes=3, shape=()):
     [
         (toy(channels=3), linear(16, 3), r"Sequential can't take images of shape \(3, 4, 4\)"),
         (toy(classes=4), linear(16, 3), "scores for 3 classes, where toy has 4"),
+        (toy(), linear(16, 300), "scores for 300 classes: 255 at most"),
         (toy(shape=(4, 4)), linear(16, 3), r"scores of shape \(3,\) .*give \(classes, 4, 4\)"),
         (toy(), torch.nn.Conv2d(1, 3, 1), r"scores of shape \(3, 4, 4\) .*give \(classes\)"),
     ],

@@ -525,11 +525,12 @@ def test_a_row_of_a_question_is_what_its_runs_had(run, pictures, monkeypatch):
 
     monkeypatch.setattr(utils, "train", train)
     batches = utils.Batches(pictures, 20, run)
+    unnamed = partial(nn.functional.cross_entropy, reduction="mean")
     variant = trials.Variant(
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), batches, 1e-3
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), batches, 1e-3, loss=unnamed
     )
     row = trials._row("what?", "one", variant, batches, 4, run, (0, 1), None)
-    assert (row["mean"], row["seconds"]) == (72, 8)
+    assert (row["mean"], row["seconds"]) == (72, 8) and row["recipe"].endswith(", partial")
     assert row["spread"] == pytest.approx(8**0.5)  # 70 and 74, each 2 from the mean, over n - 1
     assert row["jitter"] == pytest.approx((4 + 6 + 10 + 4) / 4)  # from the second epoch on
     assert trials.table([row, {**row, "device": "another"}]).endswith("; a CPU, a GPU, another")
@@ -550,6 +551,8 @@ def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypat
     plain, worse = trials.load(quick.figures)
     assert worse["mean"] < plain["mean"] and set(asked) == {utils.IGNORE}
     assert worse["recipe"] == plain["recipe"] + ", upside_down"
+    with pytest.raises(utils.UsageError, match="loss[?]: one seed has no spread"):
+        trials.compare("loss?", variants, batches, 4, quick, seeds=(0,))
 
 
 def test_trials_that_were_stopped_are_no_record(run, pictures):

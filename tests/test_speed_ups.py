@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -155,6 +157,20 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     assert len(tapes) == 2 and len(seen) == len(batches)
     for (images, labels), (x, y) in zip(seen, batches, strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()), None])
+def test_a_step_that_draws_on_the_cpu_is_not_replayed(draw, monkeypatch):
+    """A replay would repeat the one draw of the recording."""
+    monkeypatch.setattr(torch.cuda, "graph", lambda *parts, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    captured = object.__new__(graphs.CapturedStep)
+    captured.step, captured.pool = lambda images, labels: draw and draw(), None
+    refusal = pytest.raises(utils.UsageError, match="draws random numbers on the CPU")
+    with refusal if draw else contextlib.nullcontext():
+        captured.record(torch.zeros(1), torch.zeros(1))
 
 
 @pytest.mark.parametrize("memory", [False, True])

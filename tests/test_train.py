@@ -194,6 +194,10 @@ def test_a_report_says_where_its_numbers_are_from(run, monkeypatch, capsys):
         "epoch 1/2, step 25/60: loss 0.5000, training 20.00%",
         "epoch 1/2, step 50/60: loss 0.4000, training 45.00%",
     ]
+    shown.shown, shown.place = 0.0, None
+    for step in (25, 50):  # no label has counted yet, and then nothing is said
+        shown.step(2, step, torch.tensor((0.0, 0, 0, step), dtype=torch.float64))
+    assert capsys.readouterr().out == ""
     shown.quiet = True
     shown.epoch(utils.History([(1, 9.0, 0.4, 45.0, 50.0, 1.0)]))
     shown.shown = 0.0
