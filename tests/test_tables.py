@@ -158,6 +158,19 @@ def test_the_readme_gives_the_ratios_of_the_speed_benchmark():
     assert [sentence for sentence in said if sentence not in readme] == []
 
 
+def test_the_readme_says_how_much_slower_a_cpu_without_amx_was(on_record):
+    path = ROOT / "benchmarks" / "speed_noamx.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rates = {row["model"]: row["b"] for row in rows if row["metric"].startswith("training,")}
+    slower = {}
+    for name, rate in rates.items():
+        images = int(on_record[name]["split"].split()[0])
+        epoch = on_record[name]["train_seconds"] / on_record[name]["epochs"]
+        slower[name] = f"{images / rate / epoch:.2g} ({name}"
+    said = f"took {slower['mnist']}), {slower['cifar10']}) and {slower['segmentation-1']}, with"
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
 HEADINGS = {  # what stands before the final score of each run
     "segmentation-1": "### First: ",
     "segmentation-2": "### Second: ",
