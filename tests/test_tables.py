@@ -65,9 +65,7 @@ def measured() -> list[tuple[str, float]]:
     found = []
     for file in [*(ROOT / "figures").glob("*.json"), *(ROOT / "benchmarks").glob("*.json")]:
         found += values(json.loads(file.read_text(encoding="utf-8")))
-    earlier = json.loads((ROOT / "benchmarks/mnist_best_epyc.json").read_text(encoding="utf-8"))
-    both = [r for r in (*earlier, *tables.records().values()) if r["run"] == "mnist-best"]
-    return [*found, ("%", statistics.mean(score for r in both for score in r["tests"]))]
+    return found
 
 
 def prose() -> dict[str, str]:
