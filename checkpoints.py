@@ -22,12 +22,16 @@ import zlib
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from files import UsageError, reason, write_whole
+
+if TYPE_CHECKING:  # it imports this module
+    from utils import History
 
 FORMAT = 1
 KEYS = {"format", "facts", "history", "made", "parts", "probe"}
@@ -46,8 +50,8 @@ class Checkpoint:
         self.path, self.resume, self.every = path, resume, every
         self.kept, self.saved = 0, -math.inf  # how many epochs the file has, and since when
         self.previous = path.with_name(f"{path.name}.previous")
-        change = "" if resume else "set RESUME to True (False deletes the checkpoint) and "
-        self.again = f"{change}run this again"
+        change = "set RESUME to True (False deletes the checkpoint), run its cell, and "
+        self.again = f"{'' if resume else change}run this again"
         self.way_out = f"delete {path}* (RESUME = False would start every run of the notebook anew)"
 
     def start(self, parts: Mapping, facts: Mapping[str, str]) -> tuple[list, dict]:
@@ -105,8 +109,8 @@ class Checkpoint:
             kept = f"epoch {self.kept}'s is kept" if self.kept else "there is none before it"
             raise UsageError(
                 f"The checkpoint {self.path} of epoch {len(history)} could not be written "
-                f"({reason(error)}): {kept}; see to it, or name another folder in CHECKPOINT_DIR, "
-                f"and {self.again}."
+                f"({reason(error)}): {kept}; see to it, or copy what is there to another folder, "
+                f"name that in CHECKPOINT_DIR, and {self.again}."
             ) from None
         self.kept, self.saved = len(history), time.monotonic()
 
@@ -363,7 +367,7 @@ def require_finite(
 
 
 @contextlib.contextmanager
-def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None, step):
+def guarded(history: History, optimizer, batches, checkpoint: Checkpoint | None, step):
     """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
 
     Ctrl-C ends it without an error, with model and history as they were after the last epoch that
@@ -383,6 +387,7 @@ def guarded(history: list, optimizer, batches, checkpoint: Checkpoint | None, st
     try:
         yield pressed
     except KeyboardInterrupt:
+        history.stopped = True
         if checkpoint:
             del history[len(checkpoint.load()[0]) :]  # an epoch whose checkpoint was not written
         if checkpoint and history:

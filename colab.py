@@ -34,10 +34,9 @@ def set_up(drive: str | None = None) -> None:
             os.environ[name] = str(folder / os.environ.get(name, usual))  # yours may be elsewhere
             print(f"{usual.capitalize()} are kept in {os.environ[name]}.")
     if not torch.cuda.is_available():
-        print(
-            "\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all again."
-            "\n*** Without one, the quick profile runs: samples in place of the full data.\n"
-        )
+        print("\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all again.")
+        if not os.environ.get("PROFILE"):
+            print("*** Without one, the quick profile runs: samples in place of the full data.\n")
 
 
 def missing_packages(requirements: Path = ROOT / "requirements.txt") -> list[str]:

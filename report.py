@@ -312,6 +312,13 @@ def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
     return "\n".join(lines)
 
 
+def grid(head: str, rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; `left` columns are aligned to the left, the others to the right."""
+    columns = head.count("|") + 1
+    lines = [f"| {head} |", "|" + " --- |" * left + " --: |" * (columns - left)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def duration(seconds: float) -> str:
     """Seconds up to two minutes, minutes from there."""
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
@@ -385,7 +392,8 @@ def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> Non
 
 def show_classes(dataset: Dataset) -> None:
     """The first two examples of every class of a classification data set, a column a class."""
-    columns = [(dataset.labels == c).nonzero()[:2, 0].tolist() for c in dataset.labels.unique()]
+    present = [c for c in dataset.labels.unique() if c != IGNORE]
+    columns = [(dataset.labels == c).nonzero()[:2, 0].tolist() for c in present]
     index = torch.tensor([column[0] for column in columns] + [column[-1] for column in columns])
     titles = [dataset.classes[label] for label in dataset.labels[index]]
     show_images(dataset.images[index], titles, columns=len(columns))
@@ -393,7 +401,7 @@ def show_classes(dataset: Dataset) -> None:
 
 def show_mistakes(dataset: Dataset, guesses: Tensor, probabilities: Tensor) -> None:
     """The ten wrong guesses with the highest probability, with both labels."""
-    wrong = (guesses != dataset.labels).nonzero()[:, 0]
+    wrong = ((guesses != dataset.labels) & (dataset.labels != IGNORE)).nonzero()[:, 0]
     worst = wrong[probabilities[wrong].argsort(descending=True)][:10]
     if len(worst) == 0:
         print("There are no mistakes.")

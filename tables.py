@@ -36,13 +36,6 @@ WHAT = {  # each run's model, in words
 }
 
 
-def grid(head: str, rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table; `left` columns are aligned to the left, the others to the right."""
-    columns = head.count("|") + 1
-    lines = [f"| {head} |", "|" + " --- |" * left + " --: |" * (columns - left)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def records() -> dict[str, dict]:
     """The full records by run, in the order of WHAT."""
     found = {record["run"]: record for record in report.load_records(FIGURES)}
@@ -73,7 +66,7 @@ def runs() -> str:
             ours.append(f"{of_planned(record)}, {report.duration(record['train_seconds'])}")
         rows.append([f"`{name}`", what, theirs, *ours])
     head = "run | model | the write-up's final score | ours | official test | epochs, training"
-    return grid(head, rows, left=3)
+    return report.grid(head, rows, left=3)
 
 
 def results() -> str:
@@ -102,7 +95,7 @@ def results() -> str:
             ]
         )
     head = "run | best, epoch | final | official test | epochs | seeds | training"
-    return grid(f"{head} | an epoch | parameters | PFLOP", rows)
+    return report.grid(f"{head} | an epoch | parameters | PFLOP", rows)
 
 
 def pixels() -> str:
@@ -117,7 +110,7 @@ def pixels() -> str:
         kinds = [f"{r[k]['accuracy']:.2f}%, {r[k]['mean_iou']:.2f}%" for k in KINDS]
         score = f"{r['official_test_accuracy']:.2f}%"
         rows += [[f"`{r['run']}`", score, f"{r['mean_iou']:.2f}%", *kinds]]
-    return grid("model | pixels | mean IoU | digits, mean IoU | backgrounds, mean IoU", rows)
+    return report.grid("model | pixels | mean IoU | digits, mean IoU | backgrounds, mean IoU", rows)
 
 
 def machines() -> str:

@@ -123,7 +123,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         history = utils.train(
             model, optimizer, batches, validation, epochs, quiet, schedule, loss, checkpoint
         )
-        if len(history) < epochs:
+        if history.stopped:
             raise KeyboardInterrupt(f"{name}: stopped after {len(history)} of {epochs} epochs.")
         histories.append(history)
         scores.append(history[-1].validation_accuracy)

@@ -395,21 +395,23 @@ class Epoch(NamedTuple):
 
 class History(list):
     """The epochs of a run, of so many `planned`; `made`: the device, torch, commit and date that
-    made them; `loaded`: how many of them came from a checkpoint."""
+    made them; `loaded`: how many came from a checkpoint; `stopped`: whether Ctrl-C ended it."""
 
     def __init__(self, epochs: Iterable[Sequence] = (), made: Mapping[str, str] | None = None):
         super().__init__(Epoch(*epoch) for epoch in epochs)
         self.made, self.loaded, self.planned = dict(made or {}), len(self), len(self)
+        self.stopped = False
 
     def add(self, epoch: Epoch, run: Settings) -> None:
         """Append an epoch that was trained here and now."""
         self.append(epoch)
-        device = hardware_name(run.device)
-        if (before := self.made.get("device")) is not None:
-            last = before.split(", then ")[-1]
-            device = before if last == device else f"{before}, then {device}"
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.made = dict(device=device, torch=str(torch.__version__), commit=commit(), date=now)
+        version = str(torch.__version__)
+        here = dict(device=hardware_name(run.device), torch=version, commit=commit())
+        for fact, value in here.items():
+            before = self.made.setdefault(fact, value)
+            if before.split(", then ")[-1] != value:
+                self.made[fact] = f"{before}, then {value}"
+        self.made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def train(
@@ -430,8 +432,9 @@ def train(
     DataLoader say; `schedule` steps after every batch. Losses and counts stay on the device until
     the epoch ends, and each is weighted by examples, so a short last batch counts for what it is.
     With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
-    best validation accuracy is that many epochs old. Ctrl-C ends it after the last epoch that was
-    saved, or the last whole one. On a GPU graphs.py replays the steps, where they can be.
+    best validation accuracy is that many epochs old. Ctrl-C ends it without an error, as it was
+    after the last epoch that was saved; without a checkpoint, the weights keep what was begun. On a
+    GPU graphs.py replays the steps, where they can be.
     """
     classes = check_fit(model, batches, run)
     check_fit(model, validation, run)

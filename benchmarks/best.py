@@ -60,7 +60,7 @@ def fit(
     some = torch.arange(0, len(batches.dataset), len(batches.dataset) // 500)
     seen = utils.Batches(batches.dataset.subset(some), 500, run)
     history = utils.train(model, optimizer, batches, seen, epochs, run, schedule, loss)
-    if len(history) < epochs:
+    if history.stopped:
         raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
     row = dict(
         train_seconds=sum(e.seconds for e in history),
@@ -187,8 +187,7 @@ def airbench94(folder: Path, run: settings.Settings, seed: int = 0) -> dict:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table with a line for each model: means over its runs, and standard deviations."""
-    head = ("model", "images", "epochs", "runs", "training", "PFLOP", "official test")
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " --: |" * 6]
+    lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         seconds = [row["train_seconds"] for row in mine]
@@ -196,11 +195,10 @@ def table(rows: list[dict]) -> str:
         score = mean_of([row["test_accuracy"] for row in mine], 2) + "%"
         if mine[0].get("mean_iou"):
             score += f" of pixels, mean IoU {mean_of([row['mean_iou'] for row in mine], 2)}%"
-        lines.append(
-            f"| {model} | {mine[0]['images']:,} | {mine[0]['epochs']} | {len(mine)} | "
-            f"{seconds} s | {mine[0]['flops'] / 1e15:.2g} | {score} |"
-        )
-    return "\n".join(lines)
+        images, epochs, flops = (mine[0][fact] for fact in ("images", "epochs", "flops"))
+        counts = [f"{images:,}", f"{epochs}", f"{len(mine)}"]
+        lines.append([model, *counts, f"{seconds} s", f"{flops / 1e15:.2g}", score])
+    return report.grid("model | images | epochs | runs | training | PFLOP | official test", lines)
 
 
 def mean_of(values: list[float], digits: int) -> str:

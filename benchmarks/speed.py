@@ -157,7 +157,7 @@ class Ours:
             history = utils.train(
                 self.model, self.optimizer, self.batches, validation, epochs, self.run, schedule
             )
-        if len(history) < epochs:
+        if history.stopped:
             raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
         return history
 
@@ -340,17 +340,14 @@ def tasks(run: settings.Settings, width: int) -> dict[str, Task]:
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| model | measure | A | B | B over A | lowest to highest |",
-        "| --- | --- | --: | --: | --: | --: |",
-    ]
+    lines = []
     for row in rows:
         a, b = ("not reached" if row[side] is None else f"{row[side]:,.4g}" for side in "ab")
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3g}"
         spread = f"{row['lowest']:.3g} to {row['highest']:.3g}" if row["rounds"] > 1 else "one run"
         metric = row["metric"] + (f" (B: {row['b_is']})" if "b_is" in row else "")
-        lines.append(f"| {row['model']} | {metric} | {a} | {b} | {ratio} | {spread} |")
-    return "\n".join(lines)
+        lines.append([row["model"], metric, a, b, ratio, spread])
+    return report.grid("model | measure | A | B | B over A | lowest to highest", lines, left=2)
 
 
 def brief(rows: list[dict]) -> str:
@@ -361,27 +358,23 @@ def brief(rows: list[dict]) -> str:
         "input alone": "input alone, neither",
         "the same, flipped and moved": "input alone, flipped",
     }
-    lines = [f"| B over A | {' | '.join(measures)} | input's share of a step, A | B |"]
-    lines.append("| --- |" + " --: |" * (len(measures) + 2))
+    ratios, times = [], []
     for model in dict.fromkeys(row["model"] for row in rows):
         found = {row["metric"]: row for row in rows if row["model"] == model}
-        ratios = [
+        those = [
             next(found[m] for m in found if m.startswith(start)) for start in measures.values()
         ]
         share = found["input's share of a step, %"]
-        cells = [f"{row['ratio']:.3g}" for row in ratios] + [f"{share[s]:.2g}%" for s in "ab"]
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| time to a score | A | B | A over B | B is |",
-        "| --- | --: | --: | --: | --- |",
-    ]
+        cells = [f"{row['ratio']:.3g}" for row in those] + [f"{share[s]:.2g}%" for s in "ab"]
+        ratios.append([model, *cells])
     for row in (row for row in rows if "b_is" in row):
         a, b = ("not reached" if row[s] is None else f"{row[s]:.0f} s" for s in "ab")
-        times = f"{1 / row['ratio']:.3g}" if row["ratio"] else "-"
+        sooner = f"{1 / row['ratio']:.3g}" if row["ratio"] else "-"
         score = row["metric"].removeprefix("time to ").removesuffix(", s")
-        lines.append(f"| {row['model']}: {score} | {a} | {b} | {times} | {row['b_is']} |")
-    return "\n".join(lines)
+        times.append([f"{row['model']}: {score}", row["b_is"], a, b, sooner])
+    head = f"B over A | {' | '.join(measures)} | input's share of a step, A | B"
+    second = report.grid("time to a score | B is | A | B | A over B", times, left=2)
+    return f"{report.grid(head, ratios)}\n\n{second}"
 
 
 def main() -> None:

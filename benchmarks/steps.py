@@ -103,15 +103,15 @@ def measure(case: Case, run: settings.Settings) -> float:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table: milliseconds a step, and what the write-up's epochs come to."""
-    head = "model | batch | ordinary step | replayed | the write-up's epochs, replayed"
-    lines = [f"| {head} |", "| --- |" + " --: |" * 4]
+    lines = []
     for row in rows:
         steps = [row.get(kind) for kind in ("step_seconds", "replayed_seconds")]
         steps = [f"{1e3 * s:.2f} ms" if s else "-" for s in steps]
         whole = row.get("epochs_seconds")
         whole = f"{row['epochs']}, {report.duration(whole)}" if whole else "-"
-        lines.append(f"| `{row['model']}` | {row['batch_size']} | {' | '.join(steps)} | {whole} |")
-    return "\n".join(lines)
+        lines.append([f"`{row['model']}`", f"{row['batch_size']}", *steps, whole])
+    head = "model | batch | ordinary step | replayed | the write-up's epochs, replayed"
+    return report.grid(head, lines)
 
 
 def main() -> None:
