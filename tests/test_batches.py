@@ -1,5 +1,7 @@
 """A batch holds what torchvision would have made of the same images, in a known order."""
 
+import dataclasses
+
 import pytest
 import torch
 from torchvision.transforms import v2
@@ -94,6 +96,26 @@ def test_each_image_moves_with_its_label_map(run, maps):
     assert {y for *_, y, _ in seen} == {x for *_, x in seen} == set(range(5))
 
 
+def test_half_of_the_images_are_flipped_and_every_move_is_as_likely(run):
+    images = torch.zeros(2000, 1, 16, 16, dtype=torch.uint8)
+    images[:, :, 5, 4] = 255
+    dots = utils.Dataset("dots", "sample", images, torch.arange(2000) % 2, ("a", "b"))
+    batches = utils.Batches(dots, 500, run, ([0.0], [1.0]), flip=True, shift=2)
+    place = torch.cat([images for images, _ in batches]).flatten(1).argmax(1)
+    down, across = place // 16 - 5, place % 16
+    flipped = across > 8
+    assert 0.45 < flipped.double().mean() < 0.55
+    across = torch.where(flipped, 15 - across, across) - 4
+    counts = torch.bincount((down + 2) * 5 + across + 2, minlength=25)  # 80 each, give or take 9
+    assert len(counts) == 25 and 45 < counts.min() and counts.max() < 115
+
+
+def test_an_even_image_is_normalised_to_nothing(run):
+    even = dataclasses.replace(numbered(), images=torch.full((50, 3, 8, 8), 7, dtype=torch.uint8))
+    images, _ = next(iter(utils.Batches(even, 16, run)))
+    torch.testing.assert_close(images, torch.zeros_like(images))
+
+
 def test_augmentation_comes_from_seed_and_epoch_alone(run):
     def images(seed, epoch):
         batches = utils.Batches(dataset, 50, run, flip=True, shift=2, seed=seed)
@@ -106,6 +128,8 @@ def test_augmentation_comes_from_seed_and_epoch_alone(run):
     assert not torch.equal(first, images(0, 2)) and not torch.equal(first, images(1, 1))
 
 
-def test_an_impossible_batch_size_is_refused(run):
+def test_an_impossible_batch_size_or_shift_is_refused(run):
     with pytest.raises(utils.UsageError, match="batch_size is 0"):
         utils.Batches(numbered(), 0, run)
+    with pytest.raises(utils.UsageError, match="shift is 8"):
+        utils.Batches(numbered(size=8), 4, run, shift=8)

@@ -166,7 +166,9 @@ def test_the_best_models_are_trained_and_scored(name, run, monkeypatch):
 
 
 def test_a_run_that_was_stopped_leaves_no_row(run, monkeypatch):
-    monkeypatch.setattr(utils, "train", lambda *parts: utils.History())
+    history = utils.History()
+    history.stopped = True
+    monkeypatch.setattr(utils, "train", lambda *parts: history)
     with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 1 epochs"):
         best.mnist_best(run, seed=0)
     task = next(small_tasks(run))
@@ -237,3 +239,17 @@ def test_every_model_has_its_steps():
     assert steps.table([row]).splitlines()[-1] == "| `mnist` | 16 | 3.84 ms | - | - |"
     row |= dict(replayed_seconds=0.000747, epochs=100, epochs_seconds=224.1)
     assert steps.table([row]).endswith("| 3.84 ms | 0.75 ms | 100, 3.7 min |")
+
+
+@pytest.mark.parametrize("name", best.RUNS)
+def test_a_best_model_learns_from_the_training_set_and_is_scored_on_the_other(
+    name, run, monkeypatch
+):
+    load = {"mnist-best": utils.load_mnist, "segmentation-best": utils.load_scenes}
+    seen, data = [], load.get(name, utils.load_cifar10)(run)
+    monkeypatch.setattr(
+        best, "fit", lambda model, *parts, **_: seen.extend(parts) or dict(train_seconds=0)
+    )
+    best.RUNS[name](run, 0)
+    found = [batches.dataset.fingerprint for batches in seen[:2]]
+    assert found == [part.fingerprint for part in data]

@@ -242,19 +242,20 @@ def test_another_loader_or_schedule_is_refused(fact, before, after, tmp_path, ta
     tally.add("faults")
 
 
-def test_the_same_objects_go_on_after_an_interruption(uninterrupted, tmp_path):
-    run, network = victim.settings(tmp_path), victim.model()
-    optimizer = torch.optim.AdamW(network.parameters(), 0.01)
-    batches = utils.Batches(victim.toy(), 24, run, shuffle=True)
-    schedule = utils.one_cycle(optimizer, batches, 4, 0.01)
-
-    def go_on(loss=F.cross_entropy):
-        return utils.train(
-            network, optimizer, batches, batches, 4, run, schedule, loss, run.checkpoint("toy")
-        )
-
-    assert len(go_on(fails_at(3, 4, interrupt, F.cross_entropy))) == 2
-    assert len(go_on()) == 4
+def test_the_same_objects_go_on_after_an_interruption(tmp_path):
+    weights = []
+    for cut in (False, True):
+        run, network = victim.settings(tmp_path / str(cut)), victim.model()
+        optimizer = torch.optim.AdamW(network.parameters(), 0.01)
+        batches = utils.Batches(victim.toy(), 24, run, shuffle=True)
+        schedule = utils.one_cycle(optimizer, batches, 4, 0.01)
+        rest = network, optimizer, batches, batches, 4, run, schedule
+        if cut:
+            loss = fails_at(3, 4, interrupt, F.cross_entropy)
+            assert len(utils.train(*rest, loss, run.checkpoint("toy"))) == 2
+        assert len(utils.train(*rest, checkpoint=run.checkpoint("toy"))) == 4
+        weights.append(network.state_dict().values())
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_a_setting_that_cannot_be_saved_is_told_before_training(tmp_path):
@@ -289,13 +290,17 @@ def crash_before_the_last_rename(original):
 
 def test_the_record_says_what_trained_the_run_not_what_loaded_it(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "hardware_name", lambda device: "2 x a T4")
+    monkeypatch.setattr(utils, "commit", lambda: "c0ffee")
     stopped(tmp_path, 2)
     monkeypatch.setattr(utils, "hardware_name", lambda device: "a T4")
+    monkeypatch.setattr(utils, "commit", lambda: "facade")
     stopped(tmp_path, 4)
     stopped(tmp_path, 6)
     monkeypatch.setattr(utils, "hardware_name", lambda device: "a laptop")
     history, _ = victim.fit(tmp_path)
     assert history.made["device"] == "2 x a T4, then a T4"
+    assert history.made["commit"] == "c0ffee, then facade"
+    assert history.made["torch"] == torch.__version__
 
 
 # ---- another run, another version, a damaged file
@@ -386,13 +391,54 @@ def test_a_learning_rate_that_a_graph_made_a_tensor_is_the_same():
     assert optimizer_fact(0.001) != optimizer_fact(torch.tensor(0.00101))
 
 
-def test_other_data_is_refused(tmp_path, tally):
-    stopped(tmp_path, 2)
+def one_off(part):
+    """The data, but for one grey level of one pixel, or one label."""
     data = victim.toy()
-    data.images[100, 0, 3, 3] += 1  # one grey level of one pixel
-    with pytest.raises(utils.UsageError, match="whose batches was .*SHA-256"):
-        victim.fit(tmp_path, data=data)
+    value = data.images[100, 0, 3] if part == "images" else data.labels[100:101]
+    value[0] = value[0] - 1 if value[0] else 1
+    return data
+
+
+OTHER_DATA = [
+    ("batches", dict(data=one_off("images"), statistics=victim.toy().statistics())),
+    ("batches", dict(data=one_off("labels"))),
+    ("batches", dict(batch_size=25)),  # as many of them
+    ("batches", dict(shuffle=False)),
+    ("batches", dict(statistics=([0.5], [0.25]))),
+    ("validation", dict(validation=victim.toy(90, seed=2))),
+]
+
+
+@pytest.mark.parametrize(("fact", "change"), OTHER_DATA)
+def test_other_data_is_refused(fact, change, tmp_path, tally):
+    stopped(tmp_path, 2)
+    with pytest.raises(utils.UsageError, match=f"of another run, whose {fact} was"):
+        victim.fit(tmp_path, **change)
     tally.add("faults")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_checkpoint_takes_no_draw_from_a_dataloader(kept, tmp_path):
+    """Training is that of a plain loop, whose shuffles, dropout and noise come from its seeds."""
+    run, data, weights = victim.settings(tmp_path), victim.toy(), []
+    validation = utils.Batches(victim.toy(90, seed=1), 64, run)
+    pairs = torch.utils.data.TensorDataset(data.images.float() / 128 - 1, data.labels)
+    for plain in (True, False):
+        network = victim.model()
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        torch.manual_seed(7), np.random.seed(8), random.seed(9)
+        loader = torch.utils.data.DataLoader(pairs, 24, shuffle=True)
+        if plain:
+            for images, labels in (batch for _ in range(2) for batch in loader):
+                optimizer.zero_grad()
+                victim.noisy_loss(network(images), labels, utils.IGNORE).backward()
+                optimizer.step()
+        else:
+            checkpoint = run.checkpoint("toy") if kept else None
+            loss = dict(loss_function=victim.noisy_loss, checkpoint=checkpoint)
+            utils.train(network, optimizer, loader, validation, 2, run, **loss)
+        weights.append(network.state_dict().values())
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_a_changed_forward_pass_is_noticed(tmp_path, tally):
@@ -571,7 +617,7 @@ def interrupt(loss):
 def test_ctrl_c_returns_what_there_is(epoch, step, uninterrupted, tmp_path, tally, capsys):
     network = victim.model()
     history, _ = victim.fit(tmp_path, network=network, loss=fails_at(epoch, step, interrupt))
-    assert len(history) == epoch - 1
+    assert len(history) == epoch - 1 and history.stopped
     out = capsys.readouterr().out
     assert f"Stopped. To go on after epoch {epoch - 1}, run this again." in out
     saved = torch.load(tmp_path / "toy.pt", weights_only=True)["parts"]["model"]
@@ -585,7 +631,8 @@ def test_what_is_said_of_running_again_follows_resume(run, tmp_path):
         return here.checkpoint("toy").again
 
     assert of(True) == "run this again"
-    assert of(False) == "set RESUME to True (False deletes the checkpoint) and run this again"
+    change = "set RESUME to True (False deletes the checkpoint), run its cell, and "
+    assert of(False) == f"{change}run this again"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -734,7 +781,8 @@ def test_out_of_memory_says_which_batch_size_to_try(
 def test_recordings_do_not_outlive_training(problem):
     step, errors = SimpleNamespace(graphs={"shape": "recording"}), (utils.UsageError, RuntimeError)
     with pytest.raises(errors) if problem in errors else contextlib.nullcontext():
-        with checkpoints.guarded([], torch.optim.SGD([torch.zeros(1)]), None, None, step):
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        with checkpoints.guarded(utils.History(), optimizer, None, None, step):
             assert step.graphs
             if problem:
                 raise problem
@@ -867,6 +915,7 @@ def test_training_stops_at_a_plateau_and_stays_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "test", lambda *arguments: next(scores))
     history, _ = victim.fit(tmp_path, patience=2)
     assert [e.validation_accuracy for e in history] == [50.0, 60.0, 55.0, 58.0]
+    assert not history.stopped  # by anyone
     assert len(victim.fit(tmp_path, patience=2)[0]) == 4
     assert len(victim.fit(tmp_path)[0]) == 6  # off by default: the rest is trained
 

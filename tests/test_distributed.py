@@ -52,6 +52,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     again = json.loads((tmp_path / "2" / "result.json").read_text())
     assert again["losses"] == two["losses"] and again["device"] == two["device"]
     assert again["score"] == two["score"]  # of the averages that were saved
+    assert again["confusion"] == two["confusion"] and sum(map(sum, two["confusion"])) == 1000
     for first, then in ((1, 2), (2, 1)):  # what was cut short goes on in as many as there are
         folder = tmp_path / f"{first} then {then}"
         folder.mkdir()

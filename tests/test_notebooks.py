@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import nbformat
@@ -20,6 +22,14 @@ import utils
 from conftest import ROOT, RUNS, export
 
 NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
+
+
+def cell_with(name, text):
+    """The source of a notebook's only cell of code that holds a text."""
+    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    (found,) = (source for source in sources if text in source)
+    return found
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -107,14 +117,33 @@ def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(name, score,
     assert words == [True] * len(words)
 
 
+@pytest.mark.parametrize("profile, scenes", [("full", 70), ("short", 70), ("quick", 60)])
+def test_the_pass_marks_are_the_write_ups(profile, scenes):
+    """Of all but the sample scenes, as the settings cells have them."""
+    marks = []
+    for name in NOTEBOOKS:
+        run = utils.settings(environ={"PROFILE": profile})
+        exec(cell_with(name, "THRESHOLD = run.threshold("), scope := dict(run=run, replace=replace))
+        marks.append(scope["THRESHOLD"])
+    assert marks == [70, scenes]
+
+
+def test_the_best_of_the_five_is_the_one_that_is_graded():
+    scores = {"segmentation-1": 60.0, "segmentation-3": 80.0, "segmentation-best": 70.0}
+    models = {n: SimpleNamespace(scores=SimpleNamespace(accuracy=s)) for n, s in scores.items()}
+    choice, *_ = cell_with(NOTEBOOKS[1], "best_model = ").splitlines()
+    exec(choice, scope := dict(models=models))
+    assert scope["best_model"] == "segmentation-3"
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_model_that_was_stopped_goes_on_no_record(name, run, monkeypatch):
     """The best classifiers, and all models of pixels."""
-    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells]
     scope = dict(partial=partial, nn=nn, torch=torch, utils=utils, report=report, recipes=recipes)
-    exec(next(source for source in sources if source.startswith("def fit(name, make")), scope)
-    monkeypatch.setattr(utils, "train", lambda *parts: utils.History([(1, 1, 1, 1, 1, 1)]))
+    exec(cell_with(name, "def fit(name, make"), scope)
+    history = utils.History([(1, 1, 1, 1, 1, 1)])
+    history.stopped = True
+    monkeypatch.setattr(utils, "train", lambda *parts: history)
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     data = utils.Dataset("toy", "sample", images, torch.arange(4) % 2, ("a", "b"))
     batches, make = utils.Batches(data, 2, run), partial(nn.Conv2d, 1, 2, 3, bias=False)
@@ -127,10 +156,8 @@ def test_a_model_that_was_stopped_goes_on_no_record(name, run, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar"])
 def test_a_first_model_that_was_stopped_stops_run_all(name, run, monkeypatch):
-    """Before the official test; the cell passes when training went to its end."""
-    cells = json.loads((ROOT / NOTEBOOKS[0]).read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells]
-    cell = next(source for source in sources if f"{name}_history = utils.train(" in source)
+    """Before the official test; one that `patience` ended early goes on to it."""
+    cell = cell_with(NOTEBOOKS[0], f"{name}_history = utils.train(")
     model = lambda *sizes: nn.Conv2d(1, 2, 3)  # noqa: E731
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     data = utils.Dataset("toy", "sample", images, torch.arange(4) % 2, ("a", "b"))
@@ -141,12 +168,12 @@ def test_a_first_model_that_was_stopped_stops_run_all(name, run, monkeypatch):
         scope |= {f"{kind}_batches": batches, f"{kind}_validation_batches": batches}
         sizes = dict(WIDTH=1, PEAK=0.1, EPOCHS=2)
         scope |= {f"{kind.upper()}_{fact}": value for fact, value in sizes.items()}
-    epoch = (1, 1, 1, 1, 1, 1)
-    monkeypatch.setattr(utils, "train", lambda *parts, checkpoint: utils.History([epoch]))
+    scope["cifar_epochs"], history = 2, utils.History([(1, 1, 1, 1, 1, 1)])
+    monkeypatch.setattr(utils, "train", lambda *parts, checkpoint: history)
+    exec(cell, scope)
+    history.stopped = True
     with pytest.raises(KeyboardInterrupt, match="stopped after epoch 1"):
         exec(cell, scope)
-    monkeypatch.setattr(utils, "train", lambda *parts, checkpoint: utils.History([epoch] * 2))
-    exec(cell, scope)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -154,9 +181,7 @@ def test_what_to_expect_is_what_the_readme_says(name):
     table = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     row = next(line for line in table if line.startswith(f"| all of `{name}`"))
     quick, short, full = (cell.strip() for cell in row.split("|")[2:5])
-    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
-    source = "\n".join("".join(cell["source"]) for cell in cells)
-    assert f'expected = run.pick("{full}", "{quick}", "{short}")' in source
+    assert cell_with(name, f'expected = run.pick("{full}", "{quick}", "{short}")')
 
 
 def test_pytest_trains_anew_unless_a_folder_is_named(tmp_path, monkeypatch):

@@ -356,8 +356,8 @@ def test_thresholds_say_what_was_loaded():
     fresh = utils.History([(1, 1.0, 1.0, 90.0, 91.0, 1.0)])
     fresh.loaded = 0
     loaded = utils.History([(1, 1.0, 1.0, 60.0, 61.0, 1.0)])
-    table = report.thresholds([("A", 91.0, 70.0, fresh), ("B", 61.0, 70.0, loaded)]).splitlines()
-    assert table[1].split() == "A 91.00 70.00 passed 1 epoch, trained now".split()
+    table = report.thresholds([("A", 70.0, 70.0, fresh), ("B", 61.0, 70.0, loaded)]).splitlines()
+    assert table[1].split() == "A 70.00 70.00 passed 1 epoch, trained now".split()
     assert "NOT passed" in table[2] and "1 epoch, from a checkpoint" in table[2]
     longer = utils.History([(n, 1.0, 1.0, 60.0, 61.0, 1.0) for n in (1, 2, 3, 4)])
     longer.loaded, longer.planned = 3, 400

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 import recipes
 import report
@@ -57,6 +58,10 @@ def test_orthogonal_in_float16(monkeypatch, size):
     assert (stack[0].float() - exact).norm() < 0.03 * exact.norm() and not stack[1].any()
 
 
+def test_orthogonal_of_nothing_is_nothing():
+    assert not recipes.orthogonal(torch.zeros(3, 4)).any()  # NaN would be something
+
+
 def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classification):
     torch.manual_seed(0)
     model = classification.FastNet((8, 8, 8))
@@ -95,6 +100,35 @@ def test_muon_steps_by_the_averaged_gradient():
         expected *= 4**0.5 / expected.norm()
         expected -= step.view(4, 3, 3, 3).permute(0, 3, 1, 2)
         torch.testing.assert_close(layer.weight.detach(), expected, rtol=0.01, atol=2e-3)
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    rest = copy.deepcopy(model[1:])
+    muon = recipes.Muon(model, others=0.01)
+    adamw = torch.optim.AdamW(rest.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.0)
+    for _ in range(3):
+        for weight in model.parameters():
+            weight.grad = torch.randn_like(weight)
+        for weight, same in zip(model[1:].parameters(), rest.parameters(), strict=True):
+            same.grad = weight.grad.clone()
+        muon.step()
+        adamw.step()
+    for weight, same in zip(model[1:].parameters(), rest.parameters(), strict=True):
+        assert torch.equal(weight, same)  # the last filters have a bias: their scale counts
+
+
+def test_the_rates_fall_in_a_line_to_nothing():
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1))
+    optimizer = recipes.Muon(model, filters=0.1, others=0.02)
+    schedule, rates = recipes.linear_decay(optimizer, range(10), epochs=3), []
+    for _ in range(31):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    for peak, seen in zip((0.1, 0.02), zip(*rates, strict=True), strict=True):
+        assert seen == pytest.approx([peak * (30 - step) / 30 for step in range(31)], abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 2), (3, 2), (3, 3), (4, 4)])
@@ -220,6 +254,16 @@ def test_composed_scenes_are_new_in_every_epoch_and_repeatable(layers, run):
     assert bars(batches, layers) != first
 
 
+def test_composed_backgrounds_are_flipped_and_moved_as_in_plain_batches(layers, run, pictures):
+    scenes, (digits, _) = layers
+    no_ink, levels = replace(digits, images=torch.zeros_like(digits.images)), ([0.0] * 3, [1.0] * 3)
+    options = dict(shuffle=True, flip=True, shift=2, seed=5)
+    composed = recipes.Composed(scenes, 7, run, levels, layers=(no_ink, pictures), **options)
+    plain = utils.Batches(pictures, 7, run, levels, **options)
+    for (images, _), (same, _) in zip(composed, plain, strict=True):
+        torch.testing.assert_close(images, same)
+
+
 def test_a_digit_at_the_edge_of_its_image_is_whole_and_there_once(layers, run):
     scenes, (digits, backgrounds) = layers
     ink = torch.zeros_like(digits.images)
@@ -250,9 +294,10 @@ def test_composed_scenes_need_layers_of_one_length(layers, run):
         recipes.Composed(scenes, 7, run, layers=(few, backgrounds))
 
 
-def test_muon_needs_filters():
-    with pytest.raises(utils.UsageError, match="Linear has no convolution without a bias"):
-        recipes.Muon(nn.Linear(2, 2))
+@pytest.mark.parametrize("layer", [nn.Linear(2, 2), nn.Conv2d(1, 2, 3)])
+def test_muon_needs_filters(layer):
+    with pytest.raises(utils.UsageError, match=f"{layer._get_name()} has no convolution without a"):
+        recipes.Muon(layer)
 
 
 class Cut(recipes.Resized):
@@ -298,7 +343,8 @@ def test_resized_batches_are_the_same_images_made_small(run, pictures):
         resized.set_epoch(epoch)
         for (images, labels), (small, same) in zip(plain, resized, strict=True):
             assert small.shape == (10, 3, side, side) and torch.equal(labels, same)
-            assert small.mean().item() == pytest.approx(images.mean().item(), abs=0.01)
+            wanted = v2.functional.resize(images, [side, side], antialias=True)
+            torch.testing.assert_close(small, wanted, atol=1e-4, rtol=1e-4)
     assert "sizes (16, 32)" in str(resized)
     one, two = (report.training_flops(nn.Conv2d(3, 4, 1), resized, n) for n in (1, 2))
     assert one == 6 * 40 * 16 * 16 * 12 and two == one + 6 * 40 * 32 * 32 * 12
@@ -380,6 +426,10 @@ def test_a_warp_moves_by_pixels_and_turns_by_degrees(run):
     rows = ink[:, [11, 16]]
     top, bottom = ((rows @ where) / rows.sum(2)).T
     assert 1 < (top - bottom).abs().max() < 5 * 0.46  # it leans, by tan(12) and 12 degrees slant
+    even, levels = replace(bars, images=torch.full_like(bars.images, 80)), ([0.1], [0.3])
+    warped = recipes.Warped(even, 200, run, levels, degrees=12, stretch=0.1, move=9)
+    level = torch.tensor((80 / 255 - 0.1) / 0.3)  # whatever came in over the border
+    torch.testing.assert_close(*torch.broadcast_tensors(next(iter(warped))[0], level))
     batches = recipes.Warped(bars, 200, run, degrees=12, stretch=0.1, move=2, seed=1)
     first = next(iter(batches))[0]
     batches.set_epoch(1)
@@ -553,6 +603,23 @@ def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypat
     assert worse["recipe"] == plain["recipe"] + ", upside_down"
     with pytest.raises(utils.UsageError, match="loss[?]: one seed has no spread"):
         trials.compare("loss?", variants, batches, 4, quick, seeds=(0,))
+
+
+def test_a_variants_smoothing_reaches_its_loss(run, pictures, monkeypatch):
+    losses = []
+
+    def train(*arguments):
+        losses.append(arguments[7])
+        return utils.History([(1, 1, 1, 1, 1, 1)], dict(device="a CPU"))
+
+    monkeypatch.setattr(utils, "train", train)
+    batches = utils.Batches(pictures, 20, run)
+    make = partial(nn.Sequential, nn.Flatten(), nn.Linear(3072, 10))
+    variant = trials.Variant(make, batches, 1e-3, smoothing=0.2)
+    trials._row("what?", "one", variant, batches, 1, run, (0, 1), None)
+    scores, labels = torch.randn(5, 10), torch.arange(5)
+    smoothed = nn.functional.cross_entropy(scores, labels, label_smoothing=0.2)
+    assert len(losses) == 2 and losses[0](scores, labels) == smoothed
 
 
 def test_trials_that_were_stopped_are_no_record(run, pictures):

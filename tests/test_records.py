@@ -161,19 +161,21 @@ def test_the_faults_on_record_are_many_and_nothing_was_lost():
 
 
 def test_pictures_of_odd_data_sets(monkeypatch):
-    """No mistakes, a class with one example, a class with none, 25 classes, ignored pixels."""
+    """No mistakes, a class with one example, one with none, 25 classes, what is ignored."""
     shown = []
     monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
-    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
-    few = utils.Dataset("few", "own", images, torch.tensor([0, 0, 2, 2, 3]), tuple("abcd"))
+    images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 2, 2, 3, utils.IGNORE])
+    few = utils.Dataset("few", "own", images, labels, tuple("abcd"))
     report.show_classes(few)
-    report.show_mistakes(few, few.labels, torch.ones(5))
+    report.show_mistakes(few, labels.clamp(max=3), torch.ones(6))
     maps = torch.arange(5)[:, None, None].repeat(1, 8, 8) * 5 + torch.arange(8) % 5
     maps[0, 0, 0] = utils.IGNORE
     names = tuple(f"class {c}" for c in range(25))
     maps[4] = utils.IGNORE
     maps[2, :2], maps[2, 2] = 10, 11
-    report.show_scenes(utils.Dataset("many", "own", images, maps, names), {"label": maps}, count=3)
+    many = utils.Dataset("many", "own", images[:5], maps, names)
+    report.show_scenes(many, {"label": maps}, count=3)
     assert len(shown) == 2
     under = [axes.get_xlabel() for axes in shown[-1].axes[-2:]]
     assert under == ["class 10, class 11", ""]

@@ -1,5 +1,7 @@
 """The scores are those of torchmetrics and scikit-learn, ignored pixels and absent classes too."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -107,6 +109,19 @@ def test_share_of_correct_pixels_is_the_same_either_way(run):
     dataset, logits = maps()
     batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
     assert utils.test(Answers(logits, 16), batches, run) == scored(dataset, logits, run).accuracy
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_model_is_scored_in_the_runs_precision(run, precision):
+    dataset, seen = maps()[0], []
+    model = nn.Conv2d(3, 6, 1)
+    model.register_forward_hook(lambda layer, inputs, out: seen.append(out.dtype))
+    batches = utils.Batches(dataset, 50, run, ([0.0] * 3, [1.0] * 3))
+    reduced = replace(run, precision=precision)
+    utils.test(model, batches, reduced)
+    utils.test_pixels(model, batches, 6, reduced)
+    utils.predict(model, batches, reduced)
+    assert seen == [precision] * 3
 
 
 def test_share_of_correct_images(run):

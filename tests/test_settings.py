@@ -114,6 +114,26 @@ def test_the_precision_is_the_gpus_native_one(monkeypatch, capability, precision
 
 
 @pytest.mark.parametrize(
+    "given, precision, replayed",
+    [
+        ({}, torch.bfloat16, True),
+        (dict(graphs=False), torch.bfloat16, False),
+        ({}, torch.float16, False),
+        ({}, torch.float32, True),
+    ],
+)
+def test_steps_are_replayed_on_a_gpu_unless_in_float16(monkeypatch, given, precision, replayed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(settings, "require_code", lambda device: None)
+    for name in ("benchmark", "allow_tf32"):  # what is set stays in this test
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    named = {"PRECISION": str(precision).removeprefix("torch.")}
+    assert utils.settings(environ=named, **given).graphs == replayed
+    monkeypatch.setattr(settings, "world", lambda: 2)
+    assert not utils.settings(environ=named, **given).graphs
+
+
+@pytest.mark.parametrize(
     "name, amx, avx512, precision",
     [
         ("Intel(R) Xeon(R)", True, True, torch.bfloat16),

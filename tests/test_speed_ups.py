@@ -237,9 +237,12 @@ def test_an_optimizer_goes_on_with_graphs_and_without():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 @pytest.mark.parametrize("muon", [False, True])
-def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon):
+def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon, monkeypatch):
     """On a GPU: 20 steps of full batches and a short one each epoch, which some atomics blur."""
-    losses = {}
+    losses, replays, replay = {}, [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph)
+    )
     for replayed in (False, True):
         run = utils.settings(graphs=replayed, environ={"PROFILE": "quick"})
         torch.manual_seed(0)
@@ -255,6 +258,7 @@ def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon
         validation = utils.Batches(digits[1], 500, run)
         history = utils.train(model, optimizer, batches, validation, 5, run, schedule)
         losses[replayed] = [e.loss for e in history]
+        assert (len(replays) > 50) == run.graphs  # never in float16
     assert losses[True] == pytest.approx(losses[False], rel=0.1)
     assert losses[True][-1] < losses[True][0] / 2
 

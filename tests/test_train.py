@@ -10,6 +10,7 @@ import torch
 import victim
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import progress
@@ -115,6 +116,60 @@ def test_gradients_that_are_never_finite_in_float16_end_the_run(run):
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     with pytest.raises(utils.UsageError, match="^In epoch 1 the gradients are not finite in float"):
         utils.train(model, optimizer, batches, batches, 2, half, loss_function=loss)
+
+
+class Asks(TorchDispatchMode):
+    """Counts how often a value is asked for: each time a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("asking", [False, True])
+@pytest.mark.parametrize("muon", [False, True])
+def test_no_step_asks_for_a_value(run, muon, asking):
+    """An epoch of eight steps asks no oftener than one of three; a loss that does is noticed."""
+
+    def loss(scores, labels, ignore_index):
+        value = F.cross_entropy(scores, labels, ignore_index=ignore_index)
+        return value * (2 if asking and value > 0 else 1)
+
+    counts = []
+    for images in (90, 240):
+        model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), *small_model()[1:])
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = recipes.Muon(model) if muon else torch.optim.AdamW(model.parameters(), 0.01)
+        for group in optimizer.param_groups:
+            group["fused"] = True  # or AdamW asks for its counts of steps, which lie on the CPU
+        batches = utils.Batches(toy(images), 30, run, shuffle=True, flip=True, shift=2)
+        validation = utils.Batches(toy(90, seed=1), 45, run)
+        schedule = recipes.linear_decay(optimizer, batches, 1)
+        with Asks() as asks:
+            utils.train(model, optimizer, batches, validation, 1, run, schedule, loss)
+        counts.append(asks.count)
+    assert counts[1] - counts[0] == (5 if asking else 0)
+
+
+def test_seconds_are_of_training_alone(run, monkeypatch):
+    now = [0.0]
+
+    class Slow(utils.Batches):
+        def __iter__(self):
+            for batch in super().__iter__():
+                now[0] += 1
+                yield batch
+
+    def slow_test(*parts):
+        now[0] += 100
+        return 50.0
+
+    monkeypatch.setattr(utils, "clock", lambda run: now[0])
+    monkeypatch.setattr(utils, "test", slow_test)
+    _, history = fit(run, epochs=2, batches=Slow(toy(), 30, run))
+    assert [(e.seconds, e.validation_seconds) for e in history] == [(7, 100)] * 2
 
 
 def test_it_learns_and_the_history_says_so(run):

@@ -66,7 +66,9 @@ def _normed(notebook, run, training, validation) -> dict:
     utils.add_up(everyones)
     alike = bool(everyones == utils.world() * averages)
     scores = dict(
-        recorded=history[-1].validation_accuracy, score=utils.test(model, validation, run)
+        recorded=history[-1].validation_accuracy,
+        score=utils.test(model, validation, run),
+        confusion=utils.test_pixels(model, validation, 10, run).confusion.tolist(),
     )
     return dict(scores, alike=alike)
 

@@ -59,10 +59,11 @@ def fit(folder, epochs=EPOCHS, network=None, loss=noisy_loss, stop_after=None, *
     network = network or model()
     peak = changes.pop("peak", 0.01)
     optimizer = torch.optim.AdamW(network.parameters(), peak)
-    options = dict(batch_size=24, shuffle=True, flip=True, shift=1, seed=3)
+    options = dict(batch_size=24, statistics=None, shuffle=True, flip=True, shift=1, seed=3)
     options.update({k: changes.pop(k) for k in list(changes) if k in options})
     batches = utils.Batches(changes.pop("data", toy()), run=run, **options)
-    validation = utils.Batches(toy(90, seed=1), 64, run, toy().statistics())
+    others = changes.pop("validation", toy(90, seed=1))
+    validation = utils.Batches(others, 64, run, toy().statistics())
     schedule = utils.one_cycle(optimizer, batches, epochs, peak)
     checkpoint = run.checkpoint("toy")
     if stop_after:
