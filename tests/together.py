@@ -22,35 +22,40 @@ class Cut(utils.Batches):
         super().set_epoch(epoch)
 
 
-def main(folder: Path, cut: bool) -> None:
-    """Two epochs on digits, in float32; the first process leaves the losses in folder.
+def main(folder: Path, again: bool) -> None:
+    """Two epochs on digits, in float32; the first process leaves what came out in folder.
 
-    One epoch where the run is to be cut.
+    Then a second such run, which is cut short after its first epoch, and goes on when run `again`.
     """
     run = utils.settings(environ={**os.environ, "PRECISION": "float32"})
     training, test = utils.load_mnist(run)
     training = training.subset(torch.arange(0, 4000, 5))  # 800: the last batch has 32
-    torch.manual_seed(utils.rank())  # the first process's weights must win
-    if utils.world() == 1:
-        torch.manual_seed(0)
-    notebook = report.notebook_definitions("imageclassification.ipynb")
-    model = notebook.MnistCNN(4)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    batches = (Cut if cut else utils.Batches)(training, 64, run, shuffle=True)
     validation = utils.Batches(test, 100, run, training.statistics())
-    schedule = utils.one_cycle(optimizer, batches, 2, 2e-3)
-    history = utils.train(
-        model, optimizer, batches, validation, 2, run, schedule, checkpoint=run.checkpoint("both")
-    )
-    if cut:
-        return
+    notebook = report.notebook_definitions("imageclassification.ipynb")
+    history = _plain("both", utils.Batches, notebook, run, training, validation)
     normed = _normed(notebook, run, training, validation)
+    kind = utils.Batches if again else Cut
+    cut = _plain("cut", kind, notebook, run, training, validation)
     if utils.rank() == 0:
         result = dict(losses=[e.loss for e in history], accuracy=[e.accuracy for e in history])
         result["validation"] = [e.validation_accuracy for e in history]
         result["device"] = history.made["device"]
+        result["cut"] = [e.loss for e in cut]
         result |= normed
         (folder / "result.json").write_text(json.dumps(result))
+
+
+def _plain(name, kind, notebook, run, training, validation) -> utils.History:
+    """Two epochs of a model without batch normalisation."""
+    torch.manual_seed(utils.rank())  # the first process's weights must win
+    model = notebook.MnistCNN(4)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    batches = kind(training, 64, run, shuffle=True)
+    schedule = utils.one_cycle(optimizer, batches, 2, 2e-3)
+    checkpoint = run.checkpoint(name)
+    return utils.train(
+        model, optimizer, batches, validation, 2, run, schedule, checkpoint=checkpoint
+    )
 
 
 def _normed(notebook, run, training, validation) -> dict:
@@ -74,4 +79,4 @@ def _normed(notebook, run, training, validation) -> dict:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "cut" in sys.argv)
+    main(Path(sys.argv[1]), "again" in sys.argv)
