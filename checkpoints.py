@@ -91,7 +91,8 @@ class Checkpoint:
         """Write the state after an epoch; `images` (B, C, H, W) are any two that it trained on."""
         if not last and time.monotonic() - self.saved < self.every:
             return
-        probe = {"images": images.cpu(), "logits": _answer(self.parts["model"], images)}
+        kept = images.cpu().clone()  # without the rest of a batch that they are a view of
+        probe = {"images": kept, "logits": _answer(self.parts["model"], images)}
         state = {
             "format": FORMAT,
             "facts": dict(self.facts),

@@ -91,7 +91,7 @@ class CapturedStep:
                 self.step(images, labels)
         except RuntimeError as error:
             first = error.__context__ or error  # the recording's own end fails, too
-            if isinstance(first, torch.OutOfMemoryError):
+            if isinstance(first, (torch.OutOfMemoryError, KeyboardInterrupt)):
                 raise first from None
             raise UsageError(
                 f"The training step can't be recorded as a CUDA graph ({reason(first)}): "

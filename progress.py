@@ -18,9 +18,9 @@ from settings import Settings
 class Progress:
     """What a run of so many epochs of `batches` looks like from outside.
 
-    The report every 25 iterations shows totals that were copied on their way at the report before,
-    so it never waits for the device; it is drawn every two seconds at most. A loss that is not
-    finite raises there. A quiet run shows nothing, and still raises.
+    The report every 25 iterations shows totals whose copy was begun at an earlier report and has
+    arrived, so it never waits for the device; it is drawn every two seconds at most. A loss that is
+    not finite raises there. A quiet run shows nothing, and still raises.
     """
 
     def __init__(self, title: str, batches: Iterable, epochs: int, run: Settings):
@@ -34,9 +34,11 @@ class Progress:
     def step(self, epoch: int, step: int, totals: Tensor) -> None:
         """Every 25 iterations: mean loss and accuracy of the epoch so far."""
         arrived = self.copied is None or self.copied.query()
-        if self.place and arrived:
+        if self.place and not arrived:
+            return  # a newer copy would arrive later still: a GPU may be many steps behind
+        if self.place:
             require_finite(*self.place, self.totals)
-        counted = self.place and arrived and self.totals[2] > 0  # some labels may be ignored
+        counted = self.place and self.totals[2] > 0  # some labels may be ignored
         if counted and time.perf_counter() - self.shown > 2:
             loss, correct, count, _ = self.totals.tolist()
             scores = f"loss {loss / count:.4f}, training {100 * correct / count:.2f}%"

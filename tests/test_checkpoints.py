@@ -548,6 +548,12 @@ def test_a_checkpoint_holds_tensors_and_built_in_types_only(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["toy.pt", "toy.pt.previous"]
 
 
+def test_a_checkpoint_keeps_two_images_and_not_their_batch(tmp_path):
+    victim.fit(tmp_path)
+    images = torch.load(tmp_path / "toy.pt")["probe"]["images"]
+    assert len(images) == 2 and images.untyped_storage().nbytes() == images.nbytes
+
+
 def test_what_could_not_be_loaded_is_not_written(tmp_path):
     with pytest.raises(utils.UsageError, match=r"can't hold object \(the state, parts\)"):
         checkpoints.require_plain({"parts": [1.0, object()]})

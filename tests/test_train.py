@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,6 +261,24 @@ def test_a_report_says_where_its_numbers_are_from(run, monkeypatch, capsys):
     assert capsys.readouterr().out == "epoch 1/2: 9.0 s, loss 0.4000, training 45.00%, " + (
         "validation 50.00%, 10 s left\n"
     )
+
+
+def test_a_report_that_is_on_its_way_is_left_to_arrive(run, monkeypatch, capsys):
+    """A GPU may be hundreds of steps behind: its numbers are shown when they are there."""
+    monkeypatch.setattr(progress.Progress, "_line", lambda self, text, final: print(text))
+    shown, arrivals, copies = progress.Progress("toy", range(200), 1, run), [], []
+    shown.copied = SimpleNamespace(
+        query=lambda: bool(arrivals.pop(0)), record=lambda: copies.append(1)
+    )
+    for step, there in ((25, 1), (50, 0), (75, 0), (100, 1), (125, 1)):
+        arrivals.append(there)
+        shown.shown = 0.0
+        shown.step(1, step, torch.tensor((float(step), step, 100, step), dtype=torch.float64))
+    assert capsys.readouterr().out.splitlines() == [
+        "epoch 1/1, step 25/200: loss 0.2500, training 25.00%",
+        "epoch 1/1, step 100/200: loss 1.0000, training 100.00%",
+    ]
+    assert len(copies) == 3 and not arrivals
 
 
 def test_a_script_prints_a_line_per_epoch(run, capsys):
