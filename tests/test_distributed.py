@@ -57,7 +57,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         loaded = json.loads((folder / "result.json").read_text())
         assert loaded["losses"] == saved["losses"] and loaded["device"] == saved["device"]
         assert loaded["cut"] == pytest.approx(one["losses"], rel=1e-4)
-    assert loaded["score"] == two["score"]  # of the averages that were saved
+    assert loaded["score"] == two["score"]  # by one process, of the averages that two saved
     assert loaded["confusion"] == two["confusion"]
 
 
