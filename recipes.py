@@ -153,7 +153,7 @@ def with_dice(scores: Tensor, labels: Tensor, ignore_index: int = -100) -> Tenso
     each of the three is a sum over the batch's pixels (a process's share of them). However few
     pixels a class has, it counts as much as any; one that the batch lacks adds a constant to the
     loss, and nothing to its gradient. After Milletari et al., V-Net, 2016 (arXiv:1606.04797), who
-    have two classes, and sums of squares below the line.
+    have two classes, and sums of squares in the denominator.
     """
     counted = (labels != ignore_index)[:, None]
     classes = torch.arange(scores.shape[1], device=labels.device)[:, None, None]

@@ -80,7 +80,8 @@ class Settings:
             batch_size = min(batch_size, max(8, len(dataset) // 20))
             enough = min(200, max(10, math.ceil(1000 * batch_size / len(dataset))))
             epochs = [self.epochs_cap or enough] * len(epochs)
-            print(f"{dataset.name}: batches of {batch_size}, {epochs[0]} epochs")
+            plural = "s" * (epochs[0] > 1)
+            print(f"{dataset.name}: batches of {batch_size}, {epochs[0]} epoch{plural}")
         return [batch_size, *epochs]
 
     def threshold(self, default: float) -> float:

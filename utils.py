@@ -307,7 +307,8 @@ class Batches:
             raise UsageError(f"shift is {shift}: it must be less than the image's side.")
         self.dataset, self.batch_size, self.device = dataset, batch_size, run.device
         self.shuffle, self.flip, self.shift, self.seed = shuffle, flip, shift, seed
-        self.epoch, self.together = 0, 1  # how many batches are made in one go
+        self.epoch = 0
+        self.together = 1  # how many batches are made in one go
         if run.device.type == "cuda":  # up to four million pixels: a launch takes long there
             self.together = max(1, 2**22 // (batch_size * dataset.images[0, 0].numel()))
         # pixels in rows, so that one index_select cuts, shifts and flips, and gives channels_last
@@ -342,8 +343,9 @@ class Batches:
         moves = torch.randint(2 * self.shift + 1, (2, n), generator=draws) - self.shift
         flips = self._flips(order, draws)
         order, flips = order.to(self.device), flips.to(self.device, torch.bool)
-        (down, across), augment = moves.to(self.device), self.flip or self.shift
-        many, each = self.batch_size * self.together, self.batch_size
+        down, across = moves.to(self.device)
+        augment = self.flip or self.shift
+        each, many = self.batch_size, self.batch_size * self.together
         parts = [draw.split(many) for draw in (order, down, across, flips)]
         for some in zip(*parts, strict=True):
             images, labels = self._augmented(*some) if augment else self._plain(some[0])

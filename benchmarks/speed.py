@@ -1,6 +1,6 @@
-"""The notebooks' training against the write-up's recipe, side by side in one process.
+"""The notebooks' training beside that of most people, of the write-up's models, in one process.
 
-A is the recipe as most people write it: a torchvision data set with ToTensor and Normalize, a
+A is what most people would write: a torchvision data set with ToTensor and Normalize, a
 DataLoader, float32 (on a GPU that has TF32, convolutions in that: torch's default), SGD, `.item()`
 at every step. B is what the notebooks run: `utils.Batches` and `utils.train`; but the ladder has
 AdamW here, as it had when this was written, and Muon there. The sides take turns, A B A B, after a
@@ -90,7 +90,7 @@ class Task:
 
 
 class Plain:
-    """Side A: the write-up's recipe as most people write it."""
+    """Side A: the write-up's model as most people would train it."""
 
     def __init__(self, task: Task, training, validation, run: settings.Settings, seed: int = 0):
         torch.manual_seed(seed)

@@ -81,7 +81,7 @@ def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
     mine["PICTURES"] = str(folder)
     out = run_notebook("imageclassification", tmp_path, {"cifar10"}, **mine, **full)
     assert "letters (own): 23 images 3x32x32, labels of 3 classes" in out
-    assert "images of each class: a: " in out and "letters: batches of 8, 1 epochs" in out
+    assert "images of each class: a: " in out and "letters: batches of 8, 1 epoch\n" in out
     printed = [line for line in out.splitlines() if "CIFAR" in line and "epochs of" not in line]
     assert not printed and re.search(r"\nletters +\d+\.\d\d +none set +1 epoch, trained now", out)
     records = {r["run"]: r for r in report.load_records(tmp_path / "figures" / "own")}
