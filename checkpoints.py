@@ -313,7 +313,8 @@ def _answer(model: nn.Module, images: Tensor) -> Tensor:
     """The model's logits in evaluation mode and float32, on the CPU: a trace of its computing."""
     model.eval()
     device = next(model.parameters()).device
-    return model(images.to(device).float()).float().cpu()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # to compare across hardware
+        return model(images.to(device).float()).float().cpu()
 
 
 class Draws:

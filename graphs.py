@@ -79,7 +79,7 @@ class CapturedStep:
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):  # as a recording: away from the default stream
-                self.step(images, labels)
+                self.step(images.clone(), labels.clone())  # aligned as those of a recording
         finally:
             torch.cuda.current_stream().wait_stream(self.stream)
 

@@ -222,6 +222,7 @@ def test_a_models_steps_are_timed(run, name):
 
 def test_the_work_of_several_processes_is_compared_with_that_of_one(tmp_path, monkeypatch):
     small = types.SimpleNamespace(steps=1, width=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes, where there may be one GPU
     assert scaling.round_of(1, small) > 0 and scaling.round_of(2, small) > 0
     threads, speeds = torch.get_num_threads(), {1: 100.0, 3: 150.0}
     monkeypatch.setattr(scaling, "round_of", lambda processes, options: speeds[processes])

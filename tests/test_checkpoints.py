@@ -457,6 +457,20 @@ def test_a_changed_forward_pass_is_noticed(tmp_path, tally):
     tally.add("faults")
 
 
+def test_what_a_model_answers_is_compared_in_float32(monkeypatch):
+    """TF32, which newer GPUs have, rounds so coarsely that deep models answer differently."""
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            self.coarse = torch.backends.cudnn.allow_tf32
+            return super().forward(x)
+
+    spy = Spy(2, 2)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    checkpoints._answer(spy, torch.zeros(1, 2))
+    assert not spy.coarse and torch.backends.cudnn.allow_tf32
+
+
 def rewrite(path, change):
     state = torch.load(path, weights_only=True)
     change(state)
