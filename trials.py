@@ -37,6 +37,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
     "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
     "ladder": "Segmentation: the ladder alone, with more epochs",
+    "starts": "Segmentation: the ladder, with residual paths that start at zero",
     "scenes": "Segmentation: the same scenes every epoch, or new ones",
     "strokes": "Segmentation: what the loss does for thin strokes",
 }
