@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from filelock import FileLock
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -183,18 +184,19 @@ def save_record(record: dict, folder: Path) -> None:
     if rank() > 0:  # of several processes, one saves
         return
     figure = draw_history(record)
-    records = {old["run"]: old for old in load_records(folder)}
-    old = records.get(record["run"])
-    if old and not gives_way(old, record):
-        kept = f"{old['run']}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
-        print(f"{folder.name}/ keeps its record of {kept}.")
-        return
-    records[record["run"]] = record
-    text = json.dumps([records[name] for name in sorted(records)], indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "results.json", f"{text}\n".encode())
-        figure.savefig(folder / f"{record['run']}.png", dpi=120)
+        with FileLock(folder / ".lock"):  # the other notebook may be at it
+            records = {old["run"]: old for old in load_records(folder)}
+            old = records.get(record["run"])
+            if old and not gives_way(old, record):
+                kept = f"{old['run']}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
+                print(f"{folder.name}/ keeps its record of {kept}.")
+                return
+            records[record["run"]] = record
+            text = json.dumps([records[name] for name in sorted(records)], indent=1)
+            write_whole(folder / "results.json", f"{text}\n".encode())
+            figure.savefig(folder / f"{record['run']}.png", dpi=120)
     except OSError as error:
         raise UsageError(
             f"The record of {record['run']} cannot be written to {folder} ({reason(error)}): see "

@@ -22,6 +22,7 @@ from typing import Literal
 import matplotlib
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 
@@ -189,15 +190,16 @@ def keep(rows: Sequence[dict], folder: Path) -> None:
 
     Those are of more epochs, or of the published data where these are not.
     """
-    there = [row for row in load(folder) if row["question"] == rows[0]["question"]]
-    old = [row for row in load(folder) if row not in there]
-    if there and not report.gives_way(there[0], rows[0]):
-        print(f"{folder.name}/ keeps its trials of {there[0]['epochs']} epochs.")
-        return
-    text = json.dumps(sorted([*old, *rows], key=lambda row: row["question"]), indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "trials.json", f"{text}\n".encode())
+        with FileLock(folder / ".lock"):  # another question may be answered at the same time
+            there = [row for row in load(folder) if row["question"] == rows[0]["question"]]
+            old = [row for row in load(folder) if row not in there]
+            if there and not report.gives_way(there[0], rows[0]):
+                print(f"{folder.name}/ keeps its trials of {there[0]['epochs']} epochs.")
+                return
+            text = json.dumps(sorted([*old, *rows], key=lambda row: row["question"]), indent=1)
+            write_whole(folder / "trials.json", f"{text}\n".encode())
     except OSError as error:
         raise UsageError(
             f"The answers to {rows[0]['question']} cannot be written to {folder} "

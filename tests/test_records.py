@@ -1,6 +1,8 @@
 """A record holds what it must, a longer run is kept, and a quick run stays out of the way."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import pytest
@@ -60,7 +62,8 @@ def test_a_record_counts_all_epochs_and_tells_the_best_from_the_last(run, tmp_pa
 
 
 def test_a_quick_run_writes_only_to_its_own_folder(recorded, tmp_path):
-    written = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
+    written = sorted(str(p.relative_to(tmp_path)) for p in files)
     assert written == ["figures/quick/mnist.png", "figures/quick/results.json"]
     assert json.loads((tmp_path / written[1]).read_text()) == [recorded]
 
@@ -110,6 +113,15 @@ def test_results_that_cannot_be_read_or_written_get_a_sentence(recorded, tmp_pat
     monkeypatch.setattr(plt.Figure, "savefig", full_disk)
     with pytest.raises(utils.UsageError, match=r"quick \(encoder error -2"):
         report.save_record(recorded, file.parent)
+
+
+def test_records_written_at_the_same_time_are_all_kept(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_history", lambda record: Mock())
+    names = [f"run-{n}" for n in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        for name in names:
+            threads.submit(report.save_record, {**recorded, "run": name}, tmp_path)
+    assert [record["run"] for record in report.load_records(tmp_path)] == sorted(names)
 
 
 def test_a_figure_is_drawn_from_its_record_alone(recorded):
