@@ -9,7 +9,8 @@ and scored on the official test set, once, when it is finished. Nothing else sho
 FOLDER is a checkout of github.com/KellerJordan/cifar10-airbench. Its airbench94_muon.py is run as
 it stands, once for each seed of ours and in turn with them, but for a CPU: cpu for cuda, bfloat16
 for half, no compilation, perf_counter for CUDA's events. Its seconds are its own, of training
-alone. Nothing of it is part of this project.
+alone: on a GPU its compilation and warm-up are not in them, while ours have the recording of steps
+as graphs. Nothing of it is part of this project.
 """
 
 from __future__ import annotations
