@@ -7,6 +7,7 @@ UsageError, a sentence that names the file and the way out.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import shutil
@@ -35,6 +36,23 @@ class UsageError(Exception):
 
     def _render_traceback_(self) -> list[str]:  # what Jupyter shows in place of a traceback
         return [f"{type(self).__name__}: {self}"]
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Wait for a lock file and hold it; where the file system has no locks, go on without."""
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -123,7 +141,7 @@ def fetch(name: str, data_dir: Path) -> None:
     partial = folder / ".partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{name}.lock"):
+        with locked(folder / f".{name}.lock"):
             if all(_unpacked(folder / archive).exists() for archive in ARCHIVES[name]):
                 return  # another process was faster
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

@@ -5,6 +5,7 @@ What does not fit gets one sentence, before anything is trained on it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def load_pictures(folder: Path, size: int | None = None) -> tuple[Dataset, Datas
 
     Folders train/ and test/ in it are the two; without them, a fifth is held out for testing.
     """
-    if all((folder / part).is_dir() for part in ("train", "test")):
+    if all(os.path.isdir(folder / part) for part in ("train", "test")):
         return load_parts(folder, folder.name, size)
     return split(load_folder(folder, folder.name, size), share=0.2, seed=1)
 
@@ -45,9 +46,11 @@ def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset
     """
     names = folder / "classes.txt"
     try:
-        text = names.read_text(encoding="utf-8-sig").strip() if names.exists() else ""
+        text = names.read_text(encoding="utf-8-sig").strip() if os.path.exists(names) else ""
     except UnicodeDecodeError:
         raise UsageError(f"{names} is not in UTF-8: save it so.") from None
+    except OSError as error:
+        raise UsageError(f"{names} cannot be read ({files.reason(error)}).") from None
     classes = [name.strip() for name in text.split("\n")] if text else None
     if classes and "" in classes:
         raise UsageError(f"{names} has an empty line {classes.index('') + 1}: name that class.")
@@ -57,7 +60,7 @@ def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset
     def load(part: Path) -> Dataset:
         return load_pairs(part / "images", part / "masks", folder.name, classes, size, void)
 
-    if not all(part.is_dir() for part in parts):
+    if not all(map(os.path.isdir, parts)):
         return split(load(folder), share=0.2, seed=1)
     training, test = map(load, parts)
     if training.classes != test.classes:
@@ -109,6 +112,11 @@ class _Folders(torchvision.datasets.ImageFolder):
             for path, label in found
             if not any(part[0] == "." for part in Path(path).relative_to(directory).parts)
         ]
+        paths = {Path(path) for path, _ in found}
+        others = [p for p in Path(directory).glob("[!.]*/[!.]*") if p not in paths and p.is_file()]
+        if others:
+            more = f" and {len(others) - 1} more files" if others[1:] else ""
+            print(f"left out: {others[0]}{more}, of no kind that is read")
         deep = [path for path, _ in found if Path(path).parent.parent != Path(directory)]
         if deep:
             raise UsageError(
@@ -145,9 +153,7 @@ def load_pairs(
         more = f", nor have {len(alone) - 1} more" if len(alone) > 1 else ""
         raise UsageError(f"{counts}: {alone[0]} has no counterpart{more}.")
     pictures, maps = ([part[stem] for stem in sorted(part)] for part in paths)
-    if lossy := [path for path in maps if path.suffix.lower() in (".jpg", ".jpeg")]:
-        raise UsageError(f"{lossy[0]} is a JPEG, which blurs the classes: save masks as PNG.")
-    _compare_sizes(pictures, maps)
+    _check_masks(pictures, maps)
     both = size and (size, size)
     pixels = files.read_images(pictures, "RGB", both)[0]
     labels = files.read_images(maps, None, both)[0]
@@ -156,22 +162,25 @@ def load_pairs(
             has = f"{label.ndim} axes of {label.dtype}"
             raise UsageError(f"{path} must hold class indices of one byte a pixel, not {has}.")
         highest = int(label[(label != ignore) & (label != IGNORE)].max(initial=0))
-        if classes and highest >= len(classes):
+        if classes is not None and highest >= len(classes) > 0:
             raise UsageError(f"{path} has a pixel of class {highest}, of {len(classes)} from 0 on.")
     labels = _stack([label[:, :, None] for label in labels], maps)[:, 0]
     return Dataset(name, "own", _stack(pixels, pictures), *_classes(labels, classes, ignore))
 
 
-def _compare_sizes(pictures: Sequence[Path], maps: Sequence[Path]) -> None:
-    """Refuse a mask that is not as large as its image; only the files' headers are read."""
+def _check_masks(pictures: Sequence[Path], maps: Sequence[Path]) -> None:
+    """Refuse a mask that is a JPEG, or not as large as its image; only files' headers are read."""
     for picture, mask in zip(pictures, maps, strict=True):
         try:
             with Image.open(picture) as one, Image.open(mask) as other:
                 turned = one.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 shown = one.size[::-1] if turned else one.size  # as read_image turns it
                 sizes = ["x".join(map(str, size)) for size in (shown, other.size)]
+                lossy = other.format in ("JPEG", "MPO")
         except Exception:  # a file that is no image is named when it is read
             continue
+        if lossy:
+            raise UsageError(f"{mask} is a JPEG, which blurs the classes: save masks as PNG.")
         if sizes[0] != sizes[1]:
             raise UsageError(f"{mask} is {sizes[1]} but its image {picture} is {sizes[0]}.")
 
@@ -196,6 +205,9 @@ def from_torchvision(
     """What yields (PIL image, class or PIL mask), torchvision.datasets.VOCSegmentation say."""
     images, labels = [], []
     for image, label in dataset:
+        if not isinstance(image, Image.Image) or label is None or isinstance(label, dict):
+            got = f"{type(image).__name__} and {type(label).__name__}"
+            raise UsageError(f"{name} must yield PIL images with a class or a mask, not {got}.")
         try:
             image = files.as_seen(image, "RGB")
         except ValueError as error:
@@ -225,7 +237,9 @@ def _classes(
             "number the classes 0, 1 and so on."
         )
     highest = min(int(counted.max()), IGNORE - 1)  # Dataset refuses what is higher
-    return labels, tuple(classes or (f"class {number}" for number in range(highest + 1)))
+    if classes is None or len(classes) == 0:
+        classes = [f"class {number}" for number in range(highest + 1)]
+    return labels, tuple(map(str, classes))
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> Tensor:

@@ -18,13 +18,12 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from filelock import FileLock
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import recipes
-from files import UsageError, read_image, reason, write_whole
+from files import UsageError, locked, read_image, reason, write_whole
 from settings import ROOT, Settings, dtype_name, rank
 from utils import (
     IGNORE,
@@ -186,7 +185,7 @@ def save_record(record: dict, folder: Path) -> None:
     figure = draw_history(record)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # the other notebook may be at it
+        with locked(folder / ".lock"):  # the other notebook may be at it
             records = {old["run"]: old for old in load_records(folder)}
             old = records.get(record["run"])
             if old and not gives_way(old, record):
@@ -206,8 +205,14 @@ def save_record(record: dict, folder: Path) -> None:
 
 def gives_way(old: dict, new: dict) -> bool:
     """Whether what is on record is no better founded than what is new: no longer, for one."""
-    same = (old["dataset"], _other(old)) == (new["dataset"], _other(new))
+    same = _data(old) == _data(new)
     return not (same and _worth(old) > _worth(new)) and not (_other(new) and not _other(old))
+
+
+def _data(record: dict) -> tuple:
+    """What data a record is of; a folder of your own may have grown since."""
+    size = record["split"] if record["source"] == "own" else None
+    return record["dataset"], size, _other(record)
 
 
 def _worth(record: dict) -> tuple:

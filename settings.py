@@ -156,7 +156,7 @@ def settings(
     for name, what in (("PICTURES", "folder"), ("SCENES", "folder"), ("MY_PICTURE", "file")):
         path = _absolute(environ[name]) if environ.get(name) else None
         paths[name.lower()] = path
-        if path and not (path.is_file() if what == "file" else path.is_dir()):
+        if path and not (os.path.isfile if what == "file" else os.path.isdir)(path):
             raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
     if paths["scenes"]:  # one of the two at most
         paths["pictures" if scenes else "scenes"] = None
@@ -196,7 +196,7 @@ def join_processes(device: torch.device, local_rank: int) -> torch.device:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
         if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if device.type == "cuda":
         if local_rank >= (gpus := torch.cuda.device_count()):
             raise UsageError(f"More processes than GPUs here, {gpus}: start one for each.")

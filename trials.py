@@ -22,7 +22,6 @@ from typing import Literal
 import matplotlib
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,7 +29,7 @@ import recipes
 import report
 import settings
 import utils
-from files import UsageError, reason, write_whole
+from files import UsageError, locked, reason, write_whole
 
 QUESTIONS = {  # all that the notebooks ask, in words
     "mnist": "MNIST: batch, width, a ResBlock, the learning rate",
@@ -192,7 +191,7 @@ def keep(rows: Sequence[dict], folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # another question may be answered at the same time
+        with locked(folder / ".lock"):  # another question may be answered at the same time
             there = [row for row in load(folder) if row["question"] == rows[0]["question"]]
             old = [row for row in load(folder) if row not in there]
             if there and not report.gives_way(there[0], rows[0]):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -160,7 +161,7 @@ def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
 
         return samples.load_digits()
     folder = run.data_dir / "MNIST" / "raw"
-    if not all((folder / name).exists() for name in files.MNIST_FILES):
+    if not all(os.path.exists(folder / name) for name in files.MNIST_FILES):
         files.fetch("MNIST", run.data_dir)
     source = "full" if files.check_mnist(folder) else NOT_PUBLISHED
 
@@ -188,13 +189,13 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
 
         return samples.load_photographs()
     folder = run.data_dir / "cifar10"
-    if all((folder / part).is_dir() for part in ("train", "test")):
+    if all(os.path.isdir(folder / part) for part in ("train", "test")):
         import owndata
 
         jpeg = any(file.suffix.lower() in (".jpg", ".jpeg") for file in folder.rglob("*"))
         source = "JPEG copy" if jpeg else "PNG folders"
         return tuple(replace(p, source=source) for p in owndata.load_parts(folder, "CIFAR-10"))
-    if not (run.data_dir / "cifar-10-batches-py").is_dir():
+    if not os.path.isdir(run.data_dir / "cifar-10-batches-py"):
         files.fetch("CIFAR-10", run.data_dir)
     files.check_cifar10(run.data_dir / "cifar-10-batches-py")
     parts = [torchvision.datasets.CIFAR10(run.data_dir, train) for train in (True, False)]

@@ -1,5 +1,6 @@
 """Downloads that go wrong in every way, damaged files, and a sentence for each."""
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -11,6 +12,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -523,9 +525,8 @@ def test_masks_are_matched_with_upright_images_and_hidden_files_are_left_alone(t
         mask.save(tmp_path / "masks" / f"{name}.png")
     pairs = owndata.load_pairs(tmp_path / "images", tmp_path / "masks", "mine")
     assert pairs.images.shape == (2, 3, 16, 8) and pairs.labels.shape == (2, 16, 8)
-    mask.save(tmp_path / "masks" / "two.jpg")
-    (tmp_path / "masks" / "two.png").unlink()
-    with pytest.raises(utils.UsageError, match="two.jpg is a JPEG, which blurs the classes"):
+    mask.save(tmp_path / "masks" / "two.png", "JPEG")  # whatever its name says
+    with pytest.raises(utils.UsageError, match="two.png is a JPEG, which blurs the classes"):
         owndata.load_pairs(tmp_path / "images", tmp_path / "masks", "mine")
 
 
@@ -783,3 +784,13 @@ def test_no_batches_and_no_labels(run):
     ignored = utils.Dataset("toy", "own", toy().images, torch.full((12,), 255), ("a", "b"))
     with pytest.raises(utils.UsageError, match="no label to score"):
         utils.test(model, utils.Batches(ignored, 4, run), run)
+
+
+@pytest.mark.parametrize("problem", [NotImplementedError(), OSError(errno.ENOLCK, "no locks")])
+def test_a_file_system_without_locks_is_no_obstacle(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=problem))
+    with files.locked(tmp_path / ".lock"):
+        pass
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=OSError(errno.EROFS, "no")))
+    with pytest.raises(OSError, match="no"), files.locked(tmp_path / ".lock"):
+        pass

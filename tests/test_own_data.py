@@ -233,6 +233,31 @@ def test_a_torchvision_data_set_in_one_line():
     maps = [(image, Image.fromarray(np.eye(40, 50, dtype=np.uint8))) for image, _ in fake]
     scenes = owndata.from_torchvision(maps, "fake", size=32)
     assert scenes.labels.shape == (10, 32, 32) and scenes.classes == ("class 0", "class 1")
+    fake.transform = torchvision.transforms.ToTensor()
+    with pytest.raises(utils.UsageError, match="must yield PIL images .* not Tensor and int"):
+        owndata.from_torchvision(fake, "fake")
+
+
+def test_names_of_classes_may_be_an_array(tmp_path):
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.arange(4) % 2
+    np.savez(tmp_path / "mine.npz", images=images, labels=labels)
+    names = np.array(["road", "car"])
+    assert owndata.load_npz(tmp_path / "mine.npz", "mine", names).classes == ("road", "car")
+
+
+def test_what_is_no_picture_is_left_out_aloud(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+        (tmp_path / name / "2.jfif").touch()
+    assert len(owndata.load_folder(tmp_path, "mine")) == 2
+    left = re.search(r"left out: .*2\.jfif and 1 more files, of no kind", capsys.readouterr().out)
+    assert left
+
+
+def test_a_name_that_no_folder_can_have_is_refused():
+    with pytest.raises(utils.UsageError, match="PICTURES is 'xxx.*, which is no folder here"):
+        utils.settings(environ={"PICTURES": "x" * 300})
 
 
 def test_the_environment_sets_what_the_settings_cell_shows(tmp_path, monkeypatch):

@@ -94,6 +94,9 @@ def test_a_full_record_and_one_of_more_seeds_do_not_give_way(recorded):
     assert not report.gives_way(full, short) and report.gives_way(short, full)
     assert not report.gives_way(seeds, full) and report.gives_way(full, seeds)
     assert report.gives_way(seeds, {**full, "epochs": 2})
+    own = {**recorded, "source": "own", "epochs": 9}  # a folder that grows, and needs fewer epochs
+    assert report.gives_way(own, {**own, "epochs": 5, "split": "99 training, 25 validation images"})
+    assert not report.gives_way(own, {**own, "epochs": 5})
     fashion = {**recorded, "epochs": 9, "source": utils.NOT_PUBLISHED}
     assert report.gives_way(fashion, {**recorded, "source": "full"})  # MNIST by name only
 
