@@ -115,8 +115,8 @@ class _Folders(torchvision.datasets.ImageFolder):
         paths = {Path(path) for path, _ in found}
         others = [p for p in Path(directory).glob("[!.]*/[!.]*") if p not in paths and p.is_file()]
         if others:
-            more = f" and {len(others) - 1} more files" if others[1:] else ""
-            print(f"left out: {others[0]}{more}, of no kind that is read")
+            more = f", and {len(others) - 1} more" if others[1:] else ""
+            print(f"left out, of no kind that is read: {others[0]}{more}")
         deep = [path for path, _ in found if Path(path).parent.parent != Path(directory)]
         if deep:
             raise UsageError(

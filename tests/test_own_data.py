@@ -251,8 +251,8 @@ def test_what_is_no_picture_is_left_out_aloud(tmp_path, capsys):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
         (tmp_path / name / "2.jfif").touch()
     assert len(owndata.load_folder(tmp_path, "mine")) == 2
-    left = re.search(r"left out: .*2\.jfif and 1 more files, of no kind", capsys.readouterr().out)
-    assert left
+    out = capsys.readouterr().out
+    assert re.search(r"left out, of no kind that is read: .*2\.jfif, and 1 more\n", out)
 
 
 def test_a_name_that_no_folder_can_have_is_refused():
