@@ -51,10 +51,10 @@ def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset
         raise UsageError(f"{names} is not in UTF-8: save it so.") from None
     except OSError as error:
         raise UsageError(f"{names} cannot be read ({files.reason(error)}).") from None
-    classes = [name.strip() for name in text.split("\n")] if text else None
-    if classes and "" in classes:
+    classes = [name.strip() for name in text.split("\n")] if text else []
+    if "" in classes:
         raise UsageError(f"{names} has an empty line {classes.index('') + 1}: name that class.")
-    void = classes.index("void") if classes and "void" in classes else IGNORE
+    void = classes.index("void") if "void" in classes else IGNORE
     parts = [folder / "train", folder / "test"]
 
     def load(part: Path) -> Dataset:
@@ -130,7 +130,7 @@ def load_pairs(
     images: Path,
     masks: Path,
     name: str,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
     size: int | None = None,
     ignore: int = IGNORE,
 ) -> Dataset:
@@ -162,7 +162,7 @@ def load_pairs(
             has = f"{label.ndim} axes of {label.dtype}"
             raise UsageError(f"{path} must hold class indices of one byte a pixel, not {has}.")
         highest = int(label[(label != ignore) & (label != IGNORE)].max(initial=0))
-        if classes is not None and highest >= len(classes) > 0:
+        if 0 < len(classes) <= highest:
             raise UsageError(f"{path} has a pixel of class {highest}, of {len(classes)} from 0 on.")
     labels = _stack([label[:, :, None] for label in labels], maps)[:, 0]
     return Dataset(name, "own", _stack(pixels, pictures), *_classes(labels, classes, ignore))
@@ -185,7 +185,7 @@ def _check_masks(pictures: Sequence[Path], maps: Sequence[Path]) -> None:
             raise UsageError(f"{mask} is {sizes[1]} but its image {picture} is {sizes[0]}.")
 
 
-def load_npz(path: Path, name: str, classes: Sequence[str] | None = None) -> Dataset:
+def load_npz(path: Path, name: str, classes: Sequence[str] = ()) -> Dataset:
     """A file's `images`, uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), and `labels`, integers."""
     images, labels = files.read_npz(path, ["images", "labels"])
     if images.dtype != np.uint8 or labels.dtype.kind not in "iu":
@@ -200,7 +200,7 @@ def load_npz(path: Path, name: str, classes: Sequence[str] | None = None) -> Dat
 
 
 def from_torchvision(
-    dataset: Iterable, name: str, classes: Sequence[str] | None = None, size: int = 32
+    dataset: Iterable, name: str, classes: Sequence[str] = (), size: int = 32
 ) -> Dataset:
     """What yields (PIL image, class or PIL mask), torchvision.datasets.VOCSegmentation say."""
     images, labels = [], []
@@ -224,7 +224,7 @@ def from_torchvision(
 
 
 def _classes(
-    labels: Tensor, classes: Sequence[str] | None, ignore: int = IGNORE
+    labels: Tensor, classes: Sequence[str], ignore: int = IGNORE
 ) -> tuple[Tensor, tuple[str, ...]]:
     """(labels with IGNORE for `ignore`, names of the classes: those given, or numbers)."""
     if ignore != IGNORE:
@@ -237,9 +237,8 @@ def _classes(
             "number the classes 0, 1 and so on."
         )
     highest = min(int(counted.max()), IGNORE - 1)  # Dataset refuses what is higher
-    if classes is None or len(classes) == 0:
-        classes = [f"class {number}" for number in range(highest + 1)]
-    return labels, tuple(map(str, classes))
+    numbered = (f"class {number}" for number in range(highest + 1))
+    return labels, tuple(map(str, classes)) or tuple(numbered)
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> Tensor:
