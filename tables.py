@@ -110,19 +110,21 @@ def pixels() -> str:
         kinds = [f"{r[k]['accuracy']:.2f}%, {r[k]['mean_iou']:.2f}%" for k in KINDS]
         score = f"{r['official_test_accuracy']:.2f}%"
         rows += [[f"`{r['run']}`", score, f"{r['mean_iou']:.2f}%", *kinds]]
-    return report.grid("model | pixels | mean IoU | digits, mean IoU | backgrounds, mean IoU", rows)
+    head = "digits right, their mean IoU | backgrounds right, their mean IoU"
+    return report.grid(f"model | pixels | mean IoU | {head}", rows)
 
 
 def machines() -> str:
-    """What the records were made on, a line for each machine, version and commit."""
+    """What the records were made on: each machine and version, and under it its runs by commit."""
     made = {}
     for name, r in records().items():
-        where = (
-            f"`PROFILE={r['profile']}`, {r['device']}, {r['precision']}, torch {r['torch']}, "
-            f"commit `{r['commit']}`, {r['date'][:10]}; {r['dataset']} ({r['source']})"
-        )
-        made.setdefault(where, []).append(f"`{name}`")
-    return "\n".join(f"- {', '.join(names)}: {where}" for where, names in made.items())
+        where = f"{r['device']}, {r['precision']}, torch {r['torch']}, `PROFILE={r['profile']}`"
+        data = f"{r['dataset']} ({r['source']}), commit `{r['commit']}`, {r['date'][:10]}"
+        made.setdefault(where, {}).setdefault(data, []).append(f"`{name}`")
+    lines = []
+    for where, runs in made.items():
+        lines += [f"- {where}", *(f"  - {', '.join(names)}: {data}" for data, names in runs.items())]
+    return "\n".join(lines)
 
 
 def questions() -> str:
