@@ -123,7 +123,10 @@ def machines() -> str:
         made.setdefault(where, {}).setdefault(data, []).append(f"`{name}`")
     lines = []
     for where, runs in made.items():
-        lines += [f"- {where}", *(f"  - {', '.join(names)}: {data}" for data, names in runs.items())]
+        lines += [
+            f"- {where}",
+            *(f"  - {', '.join(names)}: {data}" for data, names in runs.items()),
+        ]
     return "\n".join(lines)
 
 
