@@ -51,9 +51,9 @@ def copy_modules(folder, questions=None):
 
 def export(name, folder, questions=None):
     """A notebook as a script, with what it imports."""
+    copy_modules(folder, questions)  # first: an older script of that name may lie among them
     command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", folder]
     subprocess.run([*command, ROOT / f"{name}.ipynb"], check=True, capture_output=True)
-    copy_modules(folder, questions)
 
 
 class Tally(collections.Counter):

@@ -9,12 +9,13 @@ from torchvision.transforms import v2
 import utils
 
 
-def numbered(n=50, channels=3, size=8, maps=False):
+def numbered(n=50, channels=3, size=8, maps=False, width=None):
     """Random images whose labels, or the first pixels of whose label maps, tell them apart."""
-    images = torch.randint(256, (n, channels, size, size), dtype=torch.uint8)
+    width = width or size
+    images = torch.randint(256, (n, channels, size, width), dtype=torch.uint8)
     labels = torch.arange(n)
     if maps:
-        labels = torch.randint(n, (n, size, size))
+        labels = torch.randint(n, (n, size, width))
     return utils.Dataset("numbered", "sample", images, labels, tuple(map(str, range(n))))
 
 
@@ -62,10 +63,11 @@ def test_batches_are_channels_last(run):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("width", [8, 11])
 @pytest.mark.parametrize("maps", [False, True])
-def test_each_image_moves_with_its_label_map(run, maps):
+def test_each_image_moves_with_its_label_map(run, maps, width):
     """Every augmented image is its original, flipped or not and moved, border reflected."""
-    dataset = numbered(40, maps=maps)
+    dataset = numbered(40, maps=maps, width=width)
     statistics = [0.0] * 3, [1 / 255] * 3  # so that pixels come out as they went in
     batches = utils.Batches(dataset, 16, run, statistics, shuffle=True, flip=True, shift=2)
     padded = torch.nn.functional.pad(dataset.images.float(), (2, 2, 2, 2), mode="reflect")
@@ -80,14 +82,14 @@ def test_each_image_moves_with_its_label_map(run, maps):
                 straight = image.flip(2) if flip else image
                 for y in range(5):
                     for x in range(5):
-                        window = padded[:, :, y : y + 8, x : x + 8]
+                        window = padded[:, :, y : y + 8, x : x + width]
                         match = (window - straight).abs().amax((1, 2, 3)) < 0.01
                         found += [(int(i), flip, y, x) for i in match.nonzero()[:, 0]]
             assert len(found) == 1
             index, flip, y, x = found[0]
             expected = padded_labels[index]
             if maps:
-                expected = expected[y : y + 8, x : x + 8].long()
+                expected = expected[y : y + 8, x : x + width].long()
                 expected = expected.flip(1) if flip else expected
             assert torch.equal(label, expected)
             seen.add(found[0])

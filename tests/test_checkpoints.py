@@ -715,9 +715,11 @@ def test_a_cell_that_is_stopped_in_jupyter_is_no_error(tmp_path, tally):
     try:
         client.start_channels()
         client.wait_for_ready(timeout=60)
-        shown = []
+        shown, plots = [], []
 
         def look(message):
+            if "image/png" in message["content"].get("data", {}):
+                plots.append(message["header"]["msg_type"])
             shown.append(str(message["content"].get("data", message["content"].get("text", ""))))
             if "epoch 3/1000" in shown[-1]:  # before it is saved
                 kernel.interrupt_kernel()
@@ -725,6 +727,8 @@ def test_a_cell_that_is_stopped_in_jupyter_is_no_error(tmp_path, tally):
         code = f"import victim; history, _ = victim.fit({str(tmp_path)!r}, epochs=1000)"
         reply = client.execute_interactive(code, timeout=120, output_hook=look)
         assert reply["content"]["status"] == "ok" and "Stopped" in "".join(shown)
+        first, *later = plots  # the curve is always in the same place
+        assert first == "display_data" and set(later) == {"update_display_data"}
         shown.clear()
         client.execute_interactive("print(len(history))", timeout=60, output_hook=look)
         names = "toy.pt", "toy.pt.previous"  # it may be stopped between two renames

@@ -129,6 +129,38 @@ def test_the_pass_marks_are_the_write_ups(profile, scenes):
     assert marks == [70, scenes]
 
 
+def epochs(profile):
+    """The epochs of the write-up's six models, as the settings cells have them."""
+    scope = dict(run=utils.settings(environ={"PROFILE": profile}), replace=replace)
+    for name in NOTEBOOKS:
+        exec(cell_with(name, "THRESHOLD = run.threshold("), scope)
+    return {"mnist": scope["MNIST_EPOCHS"], "cifar10": scope["CIFAR_EPOCHS"], **scope["EPOCHS"]}
+
+
+def test_a_full_run_has_the_write_ups_epochs_and_a_short_one_those_on_record():
+    old = report.WRITE_UP
+    assert epochs("full") == {name: facts["epochs"] for name, facts in old.items()}
+    records = {record["run"]: record for record in report.load_records(ROOT / "figures")}
+    for name, planned in epochs("short").items():
+        if records[name]["profile"] == "short":
+            assert records[name]["planned_epochs"] == planned, name
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_my_picture_is_what_the_best_model_labels(name):
+    def model(which, score):
+        if name == NOTEBOOKS[0]:
+            return which, dict(final_accuracy=score)
+        return SimpleNamespace(model=which, scores=SimpleNamespace(accuracy=score))
+
+    labelled, scope = [], dict.fromkeys("cifar cifar_facts scenes statistics run".split())
+    models = {"first": model("worse", 70.0), "second": model("best", 80.0)}
+    show = lambda model, picture, *_: labelled.append((model, picture))  # noqa: E731
+    scope |= dict(models=models, report=SimpleNamespace(show_prediction=show))
+    exec(cell_with(name, "picture = MY_PICTURE or"), scope | dict(MY_PICTURE="mine.png"))
+    assert labelled == [("best", "mine.png")]
+
+
 def test_the_best_of_the_five_is_the_one_that_is_graded():
     scores = {"segmentation-1": 60.0, "segmentation-3": 80.0, "segmentation-best": 70.0}
     models = {n: SimpleNamespace(scores=SimpleNamespace(accuracy=s)) for n, s in scores.items()}

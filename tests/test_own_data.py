@@ -87,18 +87,21 @@ def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
     records = {r["run"]: r for r in report.load_records(tmp_path / "figures" / "own")}
     assert records["pictures"]["source"] == "own" and records["pictures"]["dataset"] == "letters"
     assert records["pictures"]["augmentation"] == "flip False, shift 4"
+    assert all(record["augmentation"].startswith("flip False") for record in records.values())
     assert records["mnist"]["source"] == "sample"  # in the full profile, too
     assert [f.name for f in (tmp_path / "figures").iterdir()] == ["own"]
     assert (tmp_path / "kept" / "own" / "letters" / "pictures.pt").exists()
 
 
 def test_road_scenes_take_the_place_of_digits_on_pictures(tmp_path):
-    out = run_notebook("imagesegmentation", tmp_path, SCENES=str(roads(tmp_path / "roads")))
+    mine = dict(SCENES=str(roads(tmp_path / "roads")), FLIP="0")
+    out = run_notebook("imagesegmentation", tmp_path, **mine)
     assert "roads (own): 13 images 3x32x32, label maps of 12 classes" in out
     assert "Segmentation: passed, or no threshold set" in out and "MNIST-on" not in out
     assert out.count("best on the validation set: segmentation-") == 2  # of the ladder, and of all
     records = report.load_records(tmp_path / "figures" / "own")
     assert len(records) == 5 and {record["dataset"] for record in records} == {"roads"}
+    assert all(record["augmentation"].startswith("flip False") for record in records)
 
 
 def test_pictures_are_resized_and_split(tmp_path):
@@ -353,7 +356,8 @@ def test_confusion_bars_and_filters(shown):
     confusion = utils.confusion_matrix(labels, torch.tensor([0, 1, 1, 2, 0]), 3)
     assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     report.show_confusion(confusion, ("a", "b", "c"))
-    assert sorted(text.get_text() for text in shown[-1].axes[0].texts) == ["100", "100", "50", "50"]
+    texts = {text.get_position(): text.get_text() for text in shown[-1].axes[0].texts}
+    assert texts == {(0, 0): "50", (1, 0): "50", (1, 1): "100", (2, 2): "100"}  # (guess, truth)
     scores = utils.pixel_scores(confusion)
     report.show_class_scores(scores, ("a", "b", "c"))
     heights = [bar.get_height() for bar in shown[-1].axes[0].patches]
@@ -363,18 +367,20 @@ def test_confusion_bars_and_filters(shown):
 
 
 def test_calibration(shown):
-    """Bins by hand: 30 guesses of 0.65 and 0.75 with 24 right, 10 of 1.0 with all right."""
+    """Bins by hand: 30 guesses of 0.65 and 0.75 with 24 right, 10 of 1.0 with 8 right."""
     probabilities = torch.tensor([0.65] * 20 + [0.75] * 10 + [1.0] * 10)
-    right = torch.tensor([True] * 15 + [False] * 5 + [True] * 9 + [False] + [True] * 10)
+    right = torch.tensor(
+        [True] * 15 + [False] * 5 + [True] * 9 + [False] + [True] * 8 + [False] * 2
+    )
     (sure, share, count), error = report.calibration(right, probabilities, bins=5)
     assert count.tolist() == [0, 0, 0, 30, 10]
     assert sure[3:].tolist() == pytest.approx([100 * (20 * 0.65 + 10 * 0.75) / 30, 100])
-    assert share[3:].tolist() == pytest.approx([80, 100]) and share[:3].isnan().all()
-    assert error == pytest.approx((30 * (80 - 100 * 20.5 / 30) + 10 * 0) / 40)
+    assert share[3:].tolist() == pytest.approx([80, 80]) and share[:3].isnan().all()
+    assert error == pytest.approx((30 * (80 - 100 * 20.5 / 30) + 10 * (100 - 80)) / 40)
     report.show_calibration({"one": (right, probabilities), "two": (right, probabilities)})
     lines = shown[-1].axes[0].lines
     assert [len(line.get_xdata()) for line in lines] == [2, 1, 1]  # a bin of ten is left out
-    assert lines[1].get_label() == "one: off by 8.8 points"
+    assert lines[1].get_label() == "one: off by 13.8 points"
 
 
 def test_thresholds_say_what_was_loaded():
@@ -443,6 +449,40 @@ def test_a_notebook_alone_says_what_is_missing(name, tmp_path):
     assert "utils.py is not beside this notebook" in alone.stderr
     beside = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert beside.returncode == 0 and not beside.stdout
+
+
+def test_all_four_loaders_of_the_readme_read_such_data(tmp_path, monkeypatch):
+    """The page's lines, with a few pictures in place of VOC's; their masks are palettes, as its."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (lines,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "load_pairs" in x]
+    handwriting(tmp_path / "pictures")
+    photo, mask = Image.new("RGB", (40, 30)), Image.new("P", (40, 30))
+    mask.putdata([(0, 1, 255)[n % 3] for n in range(1200)])
+    mask.putpalette([7 * n % 256 for n in range(768)])
+    for part, image in (("images", photo), ("masks", mask)):
+        (tmp_path / part).mkdir()
+        for number in range(5):
+            image.save(tmp_path / part / f"{number}.png")
+    images = np.zeros((4, 8, 8), np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(4) % 2)
+    voc = lambda root, download: [(photo, mask)] * 10  # noqa: E731
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", voc)
+    monkeypatch.chdir(tmp_path)
+    read = []
+    for loader in ("load_folder", "load_pairs", "load_npz", "from_torchvision"):
+        original = getattr(owndata, loader)
+
+        def load(*parts, original=original, **options):
+            read.append(original(*parts, **options))
+            return read[-1]
+
+        monkeypatch.setattr(owndata, loader, load)
+    exec(lines, scope := {})
+    assert [(len(data), data.labels.ndim) for data in read] == [(36, 1), (5, 3), (4, 1), (10, 3)]
+    assert read[1].classes == read[2].classes == ("road", "car")
+    for data in (read[1], read[3]):
+        assert data.labels.unique().tolist() == [0, 1, 255]
+    assert (len(scope["training"]), len(scope["validation"])) == (8, 2)
 
 
 def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch, classification):

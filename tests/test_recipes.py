@@ -1,6 +1,7 @@
 """The parts of the best models' recipes: Muon, images that grow or are warped, several views."""
 
 import copy
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -517,16 +518,17 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
 
 
 def test_the_dice_loss_is_of_overlaps_and_leaves_out_what_is_ignored():
-    labels = torch.tensor([[[0, 0, 1, utils.IGNORE]]])
-    scores = torch.zeros(1, 3, 1, 4)  # each of three classes has a third of every pixel
+    labels = torch.tensor([[[0, 0, 1, utils.IGNORE]], [[1, 1, 1, 0]]])
+    scores = torch.zeros(2, 3, 1, 4)  # each of three classes has a third of every pixel
     plain = nn.functional.cross_entropy(scores, labels, ignore_index=utils.IGNORE)
     loss = recipes.with_dice(scores, labels, utils.IGNORE)
-    overlaps = (2 * (2 / 3) / 3 + 2 * (1 / 3) / 2 + 0) / 3  # the third class is nowhere
+    # of the batch, not of each image: seven pixels, three and four; the third class is nowhere
+    overlaps = (2 * (3 / 3) / (7 / 3 + 3) + 2 * (4 / 3) / (7 / 3 + 4) + 0) / 3
     assert (loss - plain).item() == pytest.approx(1 - overlaps, rel=1e-6)
     sure = 40.0 * nn.functional.one_hot(labels[..., :3], 3).permute(0, 3, 1, 2)
     perfect = recipes.with_dice(sure, labels[..., :3], utils.IGNORE)
     assert perfect.item() == pytest.approx(1 / 3, rel=1e-6)  # that class again
-    scores[..., 3] = torch.tensor([9.0, -9.0, 0.0])[:, None]  # of the ignored pixel: no matter
+    scores[0, ..., 3] = torch.tensor([9.0, -9.0, 0.0])[:, None]  # of the ignored pixel: no matter
     assert recipes.with_dice(scores, labels, utils.IGNORE) == loss
 
 
@@ -676,6 +678,16 @@ def test_one_question_can_be_asked_alone(run, pictures, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trials.py", "mnits"])
     with pytest.raises(SystemExit, match="mnits. The questions are mnist, cifar10"):
         trials.main()
+
+
+@pytest.mark.parametrize("profile, then", [("short", "full"), ("quick", "quick")])
+def test_trials_asks_the_full_data(profile, then, monkeypatch):
+    monkeypatch.setenv("PROFILE", profile)
+    monkeypatch.setattr(sys, "argv", ["trials.py", "mnist"])
+    monkeypatch.setattr(trials, "asked", None)
+    monkeypatch.setattr(report, "notebook_definitions", lambda *_: None)
+    trials.main()
+    assert os.environ["PROFILE"] == then and trials.asked == {"mnist"}
 
 
 def test_the_notebooks_ask_every_question_when_trials_runs_them(monkeypatch):

@@ -140,6 +140,17 @@ def test_a_figure_is_drawn_from_its_record_alone(recorded):
     assert "Write-up: 32 min for 100 epochs on a T4 GPU.\nBest score 93.76% at epoch 41" in caption
 
 
+def test_the_curves_are_those_of_the_epochs():
+    scores = [(1, 50, 40), (2, 60, 70), (3, 80, 65)]
+    epochs = [utils.Epoch(n, 1, 1, seen, unseen, 1) for n, seen, unseen in scores]
+    validation, training, best, old = report.draw_curves(epochs, "mnist", "full", 3).axes[0].lines
+    assert validation.get_label().startswith("validation")
+    assert list(validation.get_ydata()) == [40, 70, 65]
+    assert training.get_label().startswith("training")
+    assert list(training.get_ydata()) == [50, 60, 80]
+    assert best.get_xydata().tolist() == [[2, 70]] and set(old.get_ydata()) == {93.7625}
+
+
 @pytest.mark.parametrize("record", report.load_records(ROOT / "figures"), ids=lambda r: r["run"])
 @pytest.mark.parametrize("long", [False, True])
 def test_no_caption_is_cut_off(record, long):
@@ -173,6 +184,15 @@ def test_the_faults_on_record_are_many_and_nothing_was_lost():
     counts = json.loads((ROOT / "figures" / "faults.json").read_text(encoding="utf-8"))
     assert counts["kills"] >= 50 and counts["inputs"] >= 2000
     assert counts["lost"] == counts["failed_tests"] == 0
+
+
+def test_the_surest_mistakes_are_shown_with_both_names(monkeypatch):
+    titles = []
+    monkeypatch.setattr(report, "show_images", lambda images, names: titles.extend(names))
+    images = torch.zeros(14, 1, 4, 4, dtype=torch.uint8)
+    data = utils.Dataset("two", "own", images, torch.zeros(14).long(), ("a", "b"))
+    report.show_mistakes(data, torch.tensor([0, 0] + [1] * 12), torch.arange(14) / 20)
+    assert titles == [f"b, {5 * n}%\nis a" for n in range(13, 3, -1)]
 
 
 def test_pictures_of_odd_data_sets(monkeypatch):

@@ -1,6 +1,8 @@
 """The environment is read as the README says, and a mistake in it gets one clear sentence."""
 
 import dataclasses
+import re
+import subprocess
 
 import pytest
 import torch
@@ -27,6 +29,27 @@ def test_epochs_caps_the_profiles_number():
     assert choose(PROFILE="short", EPOCHS="3").epochs(full=100, quick=5, short=20) == 3
     assert choose(PROFILE="full", EPOCHS="3").epochs(full=100, quick=5) == 3
     assert choose(PROFILE="quick", EPOCHS="30").epochs(full=100, quick=5) == 5
+
+
+def test_the_commit_on_record_says_where_files_differ_from_it(tmp_path, monkeypatch):
+    """All but those in figures/, which a run itself changes."""
+
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "figures").mkdir()
+    record, code = tmp_path / "figures" / "results.json", tmp_path / "code.py"
+    record.touch(), code.touch()
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
+    now = settings.commit.__wrapped__  # not the cached answer
+    at = now()
+    assert re.fullmatch("[0-9a-f]{12}", at)
+    record.write_text("another run")
+    assert now() == at
+    code.write_text("another line")
+    assert now() == f"{at}-dirty"
 
 
 def test_with_own_data_epochs_is_the_number(tmp_path):

@@ -211,8 +211,11 @@ def test_ignored_pixels_count_for_neither_loss_nor_score(run):
     assert history[0].accuracy == history[0].validation_accuracy == 100 * correct / (64 * 32)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_batch_without_a_label_changes_nothing(run, smoothing):
+SMOOTHED = partial(F.cross_entropy, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, SMOOTHED, recipes.with_dice])
+def test_a_batch_without_a_label_changes_nothing(run, loss):
     dataset = toy(50)
     maps = dataset.labels[:, None, None].repeat(1, 8, 8)
     maps[48:] = utils.IGNORE  # the short last batch
@@ -222,7 +225,6 @@ def test_a_batch_without_a_label_changes_nothing(run, smoothing):
         torch.manual_seed(0)
         model, batches = nn.Conv2d(1, 3, 1), utils.Batches(part, 24, run, statistics)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        loss = partial(F.cross_entropy, label_smoothing=smoothing)
         history = utils.train(model, optimizer, batches, batches, 2, run, loss_function=loss)
         results.append([n for e in history for n in (e.loss, e.accuracy, e.validation_accuracy)])
     assert results[0] == pytest.approx(results[1]) and all(map(math.isfinite, results[0]))
