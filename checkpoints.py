@@ -19,7 +19,7 @@ import time
 import traceback
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, resume: bool = True, every: float = 0.0):
         self.path, self.resume, self.every = path, resume, every
-        self.kept, self.saved = 0, -math.inf  # how many epochs the file has, and since when
+        self.kept, self.saved = 0, -math.inf  # epochs in the file, and when this wrote it last
         self.previous = path.with_name(f"{path.name}.previous")
         change = "set RESUME to True (False deletes the checkpoint), run its cell, and "
         self.again = f"{'' if resume else change}run this again"
@@ -85,10 +85,8 @@ class Checkpoint:
             )
         return history, made
 
-    def save(
-        self, history: Sequence[tuple], made: Mapping, images: Tensor, last: bool = False
-    ) -> None:
-        """Write the state after an epoch; `images` (B, C, H, W) are any two that it trained on."""
+    def save(self, history: History, images: Tensor, last: bool = False) -> None:
+        """Write the state after an epoch; `images` (B, C, H, W) are a few that it trained on."""
         if not last and time.monotonic() - self.saved < self.every:
             return
         kept = images.cpu().clone()  # without the rest of a batch that they are a view of
@@ -97,7 +95,7 @@ class Checkpoint:
             "format": FORMAT,
             "facts": dict(self.facts),
             "history": [list(epoch) for epoch in history],
-            "made": dict(made),
+            "made": dict(history.made),
             "parts": {name: part.state_dict() for name, part in self._present()},
             "probe": probe,
         }

@@ -352,12 +352,9 @@ def read_images(
     paths: Sequence[str | Path],
     mode: str | None = "RGB",
     size: tuple[int, int] | None = None,
-    skip_unreadable: bool | None = None,
+    skip_unreadable: bool = False,
 ) -> tuple[list[np.ndarray], list[int]]:
-    """(images, their places in `paths`); an unreadable one is refused, or named and left out.
-
-    None for `skip_unreadable` refuses, as False does, and does not name the choice.
-    """
+    """(images, their places in `paths`); an unreadable one is refused, or named and left out."""
 
     def attempt(path) -> np.ndarray | UsageError:
         try:
@@ -370,8 +367,7 @@ def read_images(
     broken = [error for error in found if isinstance(error, UsageError)]
     if broken and not skip_unreadable:
         more = f" So it is with {len(broken) - 1} more files." if len(broken) > 1 else ""
-        choice = "" if skip_unreadable is None else ", or leave it out with skip_unreadable=True"
-        raise UsageError(f"{broken[0]}{more} Mend or remove what is broken{choice}.")
+        raise UsageError(f"{broken[0]}{more} Mend or remove what is broken.")
     for error in broken:
         print(f"left out: {error}")
     kept = [place for place, image in enumerate(found) if not isinstance(image, UsageError)]

@@ -1,7 +1,7 @@
 """Training steps replayed as CUDA graphs, and an optimizer made ready for that, or not.
 
 A graph is a recording of what a step launches on the GPU; its Python runs while it is recorded and
-never again. `utils.train` asks whether a run may have one, and uses it as it would the step.
+never again. `utils.train` uses what `captured` makes of its step as it would the step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 from files import UsageError, reason
+
+
+def captured(step: Callable, optimizer: torch.optim.Optimizer, schedule, wanted: bool) -> Callable:
+    """The step, replayed as a CUDA graph if that is `wanted` and can be done."""
+    wanted = wanted and replayable(optimizer, schedule)
+    settle(optimizer, wanted)
+    return CapturedStep(step, optimizer) if wanted else step
 
 
 def replayable(optimizer: torch.optim.Optimizer, schedule) -> bool:

@@ -34,11 +34,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        filters: float = 0.1,
-        others: float = 5e-3,
-        momentum: float = 0.8,
+        self, model: nn.Module, filters: float = 0.1, others: float = 5e-3, momentum: float = 0.8
     ):
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
         self.filters = [m.weight for m in convolutions if m.weight.requires_grad]
@@ -264,6 +260,10 @@ class Composed(Batches):
         border = (margin + 1,) * 4  # a pixel more, lest reflection reaches a digit's edge
         ink = replace(digits, images=F.pad(digits.images, border))
         self.ink = Batches(ink, batch_size, run, ([0.0], [1.0]), shuffle=True, shift=margin)
+
+    def __str__(self) -> str:
+        ink, below = (part.dataset.fingerprint for part in (self.ink, self.backgrounds))
+        return f"{super().__str__()}, layers {ink} {below}"
 
     @property
     def augmentation(self) -> str:

@@ -25,15 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import recipes
 from files import UsageError, locked, read_image, reason, write_whole
 from settings import ROOT, Settings, dtype_name, rank
-from utils import (
-    IGNORE,
-    NOT_PUBLISHED,
-    Batches,
-    Dataset,
-    Epoch,
-    History,
-    PixelScores,
-)
+from utils import IGNORE, NOT_PUBLISHED, Batches, Dataset, Epoch, History, PixelScores
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
 WRITE_UP = {
@@ -175,31 +167,38 @@ def record_run(
 
 
 def save_record(record: dict, folder: Path) -> None:
-    """Draw a record and put it into folder/results.json, unless a better founded one is there.
+    """Draw a record and put it into folder/results.json, unless a better founded one is there."""
+    if rank() == 0:  # of several processes, one saves
+        keep([record], folder, "results.json", "run", draw_history(record))
 
-    That is one of more epochs or seeds of the same data, or one of the published data where this is
-    not.
+
+def keep(
+    rows: Sequence[dict], folder: Path, file: str, key: str, figure: plt.Figure | None = None
+) -> None:
+    """Put the rows of one run or question, by its `key`, into a file, in place of those there.
+
+    But for better founded ones: of more epochs or seeds of the same data, or of the published data
+    where these are not.
     """
-    if rank() > 0:  # of several processes, one saves
-        return
-    figure = draw_history(record)
+    name = rows[0][key]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):  # the other notebook may be at it
-            records = {old["run"]: old for old in load_records(folder)}
-            old = records.get(record["run"])
-            if old and not gives_way(old, record):
-                kept = f"{old['run']}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
+            found = load_records(folder, file)
+            old = next((row for row in found if row[key] == name), None)
+            if old and not gives_way(old, rows[0]):
+                kept = f"{name}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
                 print(f"{folder.name}/ keeps its record of {kept}.")
                 return
-            records[record["run"]] = record
-            text = json.dumps([records[name] for name in sorted(records)], indent=1)
-            write_whole(folder / "results.json", f"{text}\n".encode())
-            figure.savefig(folder / f"{record['run']}.png", dpi=120)
+            found = [row for row in found if row[key] != name]
+            text = json.dumps(sorted([*found, *rows], key=lambda row: row[key]), indent=1)
+            write_whole(folder / file, f"{text}\n".encode())
+            if figure:
+                figure.savefig(folder / f"{name}.png", dpi=120)
     except OSError as error:
         raise UsageError(
-            f"The record of {record['run']} cannot be written to {folder} ({reason(error)}): see "
-            "to it and run this cell again; the training is in its checkpoint."
+            f"The record of {name} cannot be written to {folder} ({reason(error)}): see to it and "
+            "run this cell again."
         ) from None
 
 
@@ -222,8 +221,6 @@ def _worth(record: dict) -> tuple:
 
 def redraw(folder: Path) -> None:
     """Draw every figure of a folder again from its results.json."""
-    if rank() > 0:
-        return
     for record in load_records(folder):
         draw_history(record).savefig(folder / f"{record['run']}.png", dpi=120)
 
@@ -305,14 +302,10 @@ def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
     lines = [f"{'threshold':<{wide}}{'score %':>9}{'needed %':>10}   {'result':<12}how"]
     for name, score, needed, history in rows:
         done, planned = len(history), history.planned
-        how = (
-            f"{done} epoch{'s' * (done > 1)}" if done == planned else f"{done} of {planned} epochs"
-        )
-        if history.loaded:
-            part = f"the first {history.loaded} " if history.loaded < done else ""
-            how += f", {part}from a checkpoint"
-        else:
-            how += ", trained now"
+        of = "" if done == planned else f" of {planned}"
+        part = f"the first {history.loaded} " if history.loaded < done else ""
+        origin = f"{part}from a checkpoint" if history.loaded else "trained now"
+        how = f"{done}{of} epoch{'s' * (planned > 1)}, {origin}"
         result = ("passed" if score >= needed else "NOT passed") if needed else ""
         mark = f"{needed:.2f}" if needed else "none set"
         lines.append(f"{name:<{wide}}{score:>9.2f}{mark:>10}   {result:<12}{how}")

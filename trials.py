@@ -8,7 +8,6 @@ ask the sample.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ import recipes
 import report
 import settings
 import utils
-from files import UsageError, locked, reason, write_whole
+from files import UsageError
 
 QUESTIONS = {  # all that the notebooks ask, in words
     "mnist": "MNIST: batch, width, a ResBlock, the learning rate",
@@ -97,7 +96,7 @@ def compare(
             for name, variant in variants.items()
         ]
         if settings.rank() == 0:
-            keep(rows, run.figures)
+            report.keep(rows, run.figures, "trials.json", "question")
             if started:
                 shutil.rmtree(run.checkpoint_dir / started, ignore_errors=True)
         text = table(rows)
@@ -182,28 +181,6 @@ def _optimizer(model: nn.Module, variant: Variant, epochs: int):
 
 def _schedule(variant: Variant) -> str:
     return variant.schedule or ("line" if variant.muon else "cycle")
-
-
-def keep(rows: Sequence[dict], folder: Path) -> None:
-    """Put the rows of a question into folder/trials.json, unless better founded ones are there.
-
-    Those are of more epochs, or of the published data where these are not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):  # another question may be answered at the same time
-            there = [row for row in load(folder) if row["question"] == rows[0]["question"]]
-            old = [row for row in load(folder) if row not in there]
-            if there and not report.gives_way(there[0], rows[0]):
-                print(f"{folder.name}/ keeps its trials of {there[0]['epochs']} epochs.")
-                return
-            text = json.dumps(sorted([*old, *rows], key=lambda row: row["question"]), indent=1)
-            write_whole(folder / "trials.json", f"{text}\n".encode())
-    except OSError as error:
-        raise UsageError(
-            f"The answers to {rows[0]['question']} cannot be written to {folder} "
-            f"({reason(error)}): see to it and run this cell again."
-        ) from None
 
 
 def load(folder: Path) -> list[dict]:

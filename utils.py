@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
@@ -33,18 +33,9 @@ from torchvision.datasets import mnist
 import files
 from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, require_finite
 from files import UsageError
-from graphs import CapturedStep, replayable, settle
+from graphs import captured
 from progress import Progress
-from settings import (
-    Settings,
-    add_up,
-    commit,
-    dtype_name,
-    hardware_name,
-    rank,
-    share_buffers,
-    world,
-)
+from settings import Settings, add_up, commit, dtype_name, hardware_name, rank, share_buffers, world
 from settings import settings as settings  # for the notebooks
 
 DIGITS = tuple("0123456789")
@@ -58,7 +49,7 @@ REPORT_EVERY = 25  # iterations between two reports, as in the write-up
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (N, C, H, W) with labels int64 (N) or uint8 maps (N, H, W), all in memory.
+    """Images uint8 (N, C, H, W), and labels uint8 or int64: (N), or maps (N, H, W); in memory.
 
     `source` says what kind of copy it is; `groups` int64 (N) holds one number for all the images
     that share pixels, which `split` keeps together.
@@ -70,6 +61,7 @@ class Dataset:
     labels: Tensor
     classes: tuple[str, ...]
     groups: Tensor | None = None
+    _copies: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         def refuse(problem: str):
@@ -106,10 +98,6 @@ class Dataset:
         digest = sha256(self.images.contiguous().numpy())
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()[:16]
-
-    @cached_property
-    def _copies(self) -> dict:
-        return {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(pixels uint8 (N, H, W, C), labels) on a device, one copy for all `Batches` there."""
@@ -215,11 +203,8 @@ def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
         import owndata
 
         return owndata.load_scenes(run.scenes, run.size)
-    pairs = zip(load_mnist(run.digits), load_cifar10(run), strict=True)
-    return tuple(
-        compose_scenes(digits, backgrounds, seed)
-        for seed, (digits, backgrounds) in enumerate(pairs)
-    )
+    digits, backgrounds = load_mnist(run.digits), load_cifar10(run)
+    return tuple(map(compose_scenes, digits, backgrounds, (0, 1)))  # each part has its seed
 
 
 def load_layers(run: Settings) -> tuple[Dataset, Dataset]:
@@ -260,8 +245,8 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
         inked = ink[:, 0] > 0.5
         labels[here, rows, columns] = torch.where(inked, number, labels[here, rows, columns])
     classes = tuple(f"digit {name}" for name in digits.classes) + backgrounds.classes
-    other = digits.source == NOT_PUBLISHED
-    source = digits.source if other else backgrounds.source  # MNIST itself comes in one kind only
+    # MNIST itself comes in one kind only
+    source = NOT_PUBLISHED if digits.source == NOT_PUBLISHED else backgrounds.source
     name = f"MNIST-on-{backgrounds.name if source == 'own' else 'CIFAR-10'}"
     return Dataset(name, source, images, labels, classes, backgrounds.groups)
 
@@ -274,7 +259,10 @@ def deal_digits(digits: Dataset, backgrounds: Dataset, draws: torch.Generator) -
 
 
 def generator(*seeds: int) -> torch.Generator:
-    """A CPU generator whose state depends on all the seeds, so draws are alike on any device."""
+    """A CPU generator seeded by numbers of which zeros at the end count for nothing.
+
+    So draws are alike on any device.
+    """
     state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
@@ -390,7 +378,7 @@ class Epoch(NamedTuple):
 
     epoch: int
     seconds: float  # of training alone
-    loss: float  # mean over the epoch's training examples, as they were met
+    loss: float  # mean of the batches', each weighted by its labels that count
     accuracy: float  # on the same
     validation_accuracy: float  # after the epoch
     validation_seconds: float
@@ -433,7 +421,7 @@ def train(
 
     `batches` are `Batches`, or any iterable with a length that yields (images, labels), a torch
     DataLoader say; `schedule` steps after every batch. Losses and counts stay on the device until
-    the epoch ends, and each is weighted by examples, so a short last batch counts for what it is.
+    the epoch ends; a batch's loss is weighted by its labels, so a short one counts for what it is.
     With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
     best validation accuracy is that many epochs old. Ctrl-C ends it without an error, as it was
     after the last epoch that was saved; without a checkpoint, the weights keep what was begun. On a
@@ -448,13 +436,10 @@ def train(
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
         parts["random"] = Draws(batches)
-        others = dict(validation=validation, loss=loss_function)
-        others["precision"] = dtype_name(run.precision)
-        facts = facts_of(**parts, epochs=epochs, batches=batches, **others)
-        history = History(*checkpoint.start(parts, facts))
+        facts = dict(epochs=epochs, batches=batches, validation=validation, loss=loss_function)
+        facts["precision"] = dtype_name(run.precision)
+        history = History(*checkpoint.start(parts, facts_of(**parts, **facts)))
     history.planned = epochs
-    graphs = run.graphs and replayable(optimizer, schedule)
-    settle(optimizer, graphs)
     forward = model if world() == 1 else nn.parallel.DistributedDataParallel(model)
 
     def step(images: Tensor, labels: Tensor) -> None:
@@ -467,8 +452,7 @@ def train(
         scaler.update()
         _tally(totals, logits, labels, loss)
 
-    if graphs:
-        step = CapturedStep(step, optimizer)
+    step = captured(step, optimizer, schedule, run.graphs)
     with guarded(history, optimizer, batches, checkpoint, step) as interrupted:
         for epoch in range(len(history) + 1, epochs + 1):
             if interrupted:
@@ -493,12 +477,14 @@ def train(
             share_buffers(model)
             score = test(model, validation, run)
             loss_sum, correct, count, _ = totals.tolist()
+            if count == 0:
+                raise UsageError("There is no label to learn from.")
             scores = loss_sum / count, 100 * correct / count, score
             history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
             progress.epoch(history)
             if checkpoint and rank() == 0:
                 last = epoch == epochs or plateaued(history, patience)
-                checkpoint.save(history, history.made, images[:2], last)
+                checkpoint.save(history, images[:2], last)
     progress.plot(history)
     return history
 
@@ -537,32 +523,35 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
         if logits.shape[1] < len(dataset.classes):
             has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
             raise UsageError(f"{name} gives scores for {has}: make its last layer that wide.")
-        if not (dataset.labels != IGNORE).any():
-            raise UsageError(f"{dataset.name}: every label is {IGNORE}, which is ignored.")
     return logits.shape[1]
 
 
 def _on_device(batches: Iterable, classes: int, run: Settings):
     """This process's share of every batch, on the device.
 
-    Batches of anything but `Batches` have their labels looked at; one that has less than an image
-    for each process is left out.
+    A batch that has less than an image for each process is left out.
     """
     share, empty = slice(rank(), None, world()), True
     for images, labels in batches:
         if len(images) < world():
             continue
-        if not isinstance(batches, Batches):
-            wrong = (labels < 0) | (labels >= classes) & (labels != IGNORE)
-            if wrong.any():
-                first, count = labels[wrong][0].item(), int(wrong.sum())
-                where = f"out of range 0 to {classes - 1}, {first} for one"
-                raise UsageError(f"{count} labels of a batch are {where}.")
+        require_labels(batches, labels, classes)
         empty = False
         images, labels = images[share], labels[share]
         yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
     if empty:
         raise UsageError(f"No batch has an image for each of {world()} processes.")
+
+
+def require_labels(batches: Iterable, labels: Tensor, classes: int) -> None:
+    """Refuse labels of a batch that are no class; those of `Batches` were looked at before."""
+    if isinstance(batches, Batches):
+        return
+    wrong = (labels < 0) | (labels >= classes) & (labels != IGNORE)
+    if wrong.any():
+        first, count = labels[wrong][0].item(), int(wrong.sum())
+        where = f"out of range 0 to {classes - 1}, {first} for one"
+        raise UsageError(f"{count} labels of a batch are {where}.")
 
 
 def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
@@ -604,17 +593,20 @@ def clock(run: Settings) -> float:
 # -------------------------------------------------------------------------------------- scores
 
 
-def _outputs(model: nn.Module, batches: Iterable, run: Settings, shared: bool = True):
+def _outputs(model: nn.Module, batches: Iterable, run: Settings, scored: bool = True):
     """(logits, labels) of every batch, on the device, from the model in evaluation mode.
 
-    `shared` between processes, each takes its part of the batches.
+    To be `scored`, labels must be classes, and each of several processes takes its part of the
+    batches.
     """
     model.eval()
-    mine = itertools.islice(batches, rank(), None, world()) if shared else batches
+    mine = itertools.islice(batches, rank(), None, world()) if scored else batches
     try:
         for images, labels in mine:
             with run.autocast():
                 logits = model(images.to(run.device, non_blocking=True))
+            if scored:
+                require_labels(batches, labels, logits.shape[1])
             yield logits, labels.to(run.device, non_blocking=True)
     except (RuntimeError, MemoryError) as error:
         problem = out_of_memory(error, batches)
@@ -638,11 +630,11 @@ def test(model: nn.Module, batches: Iterable, run: Settings) -> float:
 
 @dataclass(frozen=True)
 class PixelScores:
-    """Scores of the labels of pixels, or images, in percent; a class that is nowhere is NaN."""
+    """Scores of the labels of pixels, or images, in percent."""
 
     accuracy: float  # of all labels
-    class_accuracy: Tensor  # (classes,) of the labels that are the class
-    class_iou: Tensor  # (classes,) intersection over union
+    class_accuracy: Tensor  # (classes,) of the labels that are the class; NaN where none is
+    class_iou: Tensor  # (classes,) intersection over union; NaN where it is no guess either
     mean_iou: float  # of the classes that are somewhere
     confusion: Tensor  # int64 (classes, classes): rows are the truth
 
@@ -684,7 +676,7 @@ def pixel_scores(confusion: Tensor) -> PixelScores:
 def predict(model: nn.Module, batches: Iterable, run: Settings) -> tuple[Tensor, Tensor]:
     """(class, its probability) for every label of unshuffled batches, on the CPU."""
     guesses, probabilities = [], []
-    for logits, _ in _outputs(model, batches, run, shared=False):
+    for logits, _ in _outputs(model, batches, run, scored=False):
         probability, guess = logits.float().softmax(1).max(1)
         guesses.append(guess.cpu())
         probabilities.append(probability.cpu())

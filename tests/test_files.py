@@ -723,6 +723,20 @@ def test_a_dataloader_with_labels_out_of_range_is_told_in_time(run, tally):
     tally.add("faults")
 
 
+def test_a_dataloader_to_score_by_may_have_labels_out_of_range_no_more(run, tally):
+    """-100, say, which torch's own losses ignore; of what is only to be labelled, none is read."""
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, -100])
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 1, 4, 4), labels)
+    loader, model = torch.utils.data.DataLoader(data, 4), linear(16, 3)
+    sentence = "1 labels of a batch are out of range 0 to 2, -100"
+    with pytest.raises(utils.UsageError, match=sentence):
+        utils.test(model, loader, run)
+    with pytest.raises(utils.UsageError, match=sentence):
+        utils.test_pixels(model, loader, 3, run)
+    assert len(utils.predict(model, loader, run)[0]) == 8
+    tally.add("faults")
+
+
 @pytest.mark.parametrize(
     ("images", "labels"),
     [
@@ -784,6 +798,12 @@ def test_no_batches_and_no_labels(run):
     ignored = utils.Dataset("toy", "own", toy().images, torch.full((12,), 255), ("a", "b"))
     with pytest.raises(utils.UsageError, match="no label to score"):
         utils.test(model, utils.Batches(ignored, 4, run), run)
+    for batches in (
+        utils.Batches(ignored, 4, run),
+        [(torch.zeros(2, 1, 4, 4), torch.full((2,), 255))],
+    ):
+        with pytest.raises(utils.UsageError, match="no label to learn from"):
+            utils.train(model, optimizer, batches, utils.Batches(toy(), 4, run), 1, run)
 
 
 @pytest.mark.parametrize("problem", [NotImplementedError(), OSError(errno.ENOLCK, "no locks")])

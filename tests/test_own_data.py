@@ -492,7 +492,7 @@ def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch, class
     model = classification.CifarResNet(width=16)
     checkpoint = Checkpoint(tmp_path / "checkpoints" / "quick" / "cifar10.pt")
     checkpoint.start({"model": model}, {})
-    checkpoint.save([], {}, torch.zeros(2, 3, 32, 32))
+    checkpoint.save(utils.History(), torch.zeros(2, 3, 32, 32))
     Image.new("RGB", (50, 40)).save(tmp_path / "cat.png")
     shown = []
     monkeypatch.setattr(report.plt, "show", lambda: shown.append(report.plt.gcf()))

@@ -288,6 +288,16 @@ def test_composed_scenes_look_like_the_scenes(run):
     assert (images.std((0, 2, 3)) - fixed.std((0, 2, 3))).abs().max() < 0.02
 
 
+def test_a_checkpoint_knows_what_scenes_are_composed_of(layers, run):
+    scenes, (digits, backgrounds) = layers
+    brighter = replace(backgrounds, images=backgrounds.images.clamp(min=9))
+    others = digits.subset(torch.arange(39, -1, -1))
+    same = digits, backgrounds
+    given = same, same, (digits, brighter), (others, backgrounds)
+    texts = [str(recipes.Composed(scenes, 7, run, layers=parts)) for parts in given]
+    assert texts[0] == texts[1] and len(set(texts)) == 3
+
+
 def test_composed_scenes_need_layers_of_one_length(layers, run):
     scenes, (digits, backgrounds) = layers
     few = digits.subset(torch.arange(39))
@@ -501,15 +511,16 @@ def test_trials_keep_what_they_found(run, pictures, tmp_path, monkeypatch):
     )
     alone = trials.compare("one?", variants, batches, 2, quick, seeds=(1, 1))
     assert f"{one[-1].validation_accuracy:.2f}    0.00" in alone.splitlines()[1]
-    trials.keep([{**rows[0], "question": "else?"}], quick.figures)
-    trials.keep(rows[:1], quick.figures)
-    trials.keep([{**rows[0], "epochs": 1}], quick.figures)  # gives way to nothing longer
+    keep = partial(report.keep, file="trials.json", key="question")
+    keep([{**rows[0], "question": "else?"}], quick.figures)
+    keep(rows[:1], quick.figures)
+    keep([{**rows[0], "epochs": 1}], quick.figures)  # gives way to nothing longer
     kept = trials.load(quick.figures)
     assert [(row["question"], row["epochs"]) for row in kept if row["question"] != "one?"] == [
         ("else?", 2),
         ("what?", 2),
     ]
-    trials.keep(rows, tmp_path / "figures")
+    keep(rows, tmp_path / "figures")
     text = trials.compare("what?", variants, utils.Batches(pictures, 20, quick), 2, quick)
     assert "On record, of the full data:" in text
     short = replace(quick, profile="short")  # shows the record, and trains nothing
