@@ -285,7 +285,8 @@ def _difference(there: str, here: str) -> str:
             break
     else:
         old, new = (f"{len(side)} lines long" for side in lines)
-    start = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+    alike = zip(old, new, strict=False)
+    start = next((n for n, (a, b) in enumerate(alike) if a != b), min(len(old), len(new)))
     start = max(0, old.rfind(" ", 0, max(0, start - 20)))  # long lines are cut to what matters
     cut = [text[start : start + 90].strip() for text in (old, new)]
     return f"'{cut[0]}' and is now '{cut[1]}'"

@@ -125,8 +125,8 @@ def record_run(
 ) -> dict:
     """Write all there is to know about a run to results.json and its figure beside it.
 
-    A record gives way only to one of at least as many epochs. `others` are facts of the run beside
-    those that any has. Returns the new record.
+    `keep` says which record stays. `others` are facts of the run beside those that any has. Returns
+    the new record.
     """
     if not history:
         raise UsageError(f"{name}: no epoch was trained to its end, so there is nothing to record.")
@@ -188,7 +188,7 @@ def keep(
             old = next((row for row in found if row[key] == name), None)
             if old and not gives_way(old, rows[0]):
                 kept = f"{name}, {old['epochs']} epochs of {old['dataset']} ({old['source']})"
-                print(f"{folder.name}/ keeps its record of {kept}.")
+                print(f"{folder.name}/{file} keeps its record of {kept}.")
                 return
             found = [row for row in found if row[key] != name]
             text = json.dumps(sorted([*found, *rows], key=lambda row: row[key]), indent=1)
@@ -198,7 +198,7 @@ def keep(
     except OSError as error:
         raise UsageError(
             f"The record of {name} cannot be written to {folder} ({reason(error)}): see to it and "
-            "run this cell again."
+            "run this again (what a short or full run has trained is in its checkpoint)."
         ) from None
 
 

@@ -474,11 +474,11 @@ def train(
             add_up(totals)
             totals[3] /= world()
             require_finite(epoch, number, totals, model, scaler)
-            share_buffers(model)
-            score = test(model, validation, run)
             loss_sum, correct, count, _ = totals.tolist()
             if count == 0:
                 raise UsageError("There is no label to learn from.")
+            share_buffers(model)
+            score = test(model, validation, run)
             scores = loss_sum / count, 100 * correct / count, score
             history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
             progress.epoch(history)
@@ -523,6 +523,8 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
         if logits.shape[1] < len(dataset.classes):
             has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
             raise UsageError(f"{name} gives scores for {has}: make its last layer that wide.")
+        if not (dataset.labels != IGNORE).any():
+            raise UsageError(f"{dataset.name}: every label is {IGNORE}, which is ignored.")
     return logits.shape[1]
 
 

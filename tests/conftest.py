@@ -28,6 +28,7 @@ RUNS = {  # what each notebook trains and records
 sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
+import tables  # noqa: E402
 import utils  # noqa: E402
 
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # where the tests' servers are
@@ -54,6 +55,18 @@ def export(name, folder, questions=None):
     copy_modules(folder, questions)  # first: an older script of that name may lie among them
     command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", folder]
     subprocess.run([*command, ROOT / f"{name}.ipynb"], check=True, capture_output=True)
+
+
+def skip_unless_committed(*files):
+    """Skip the test where these files are, or may be, someone's own."""
+    options = dict(cwd=ROOT, check=True, capture_output=True)
+    try:
+        assert (ROOT / ".git").exists()
+        subprocess.run(["git", "rev-parse", "--verify", "HEAD"], **options)
+    except (AssertionError, OSError, subprocess.CalledProcessError):
+        pytest.skip(f"without git and a commit nobody can tell whose runs {files} hold")
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *files], cwd=ROOT).returncode:
+        pytest.skip(f"{files} differ from what is committed: runs of your own?")
 
 
 class Tally(collections.Counter):
@@ -154,3 +167,10 @@ def full_data(tmp_path_factory):
                 file = folder / "cifar10" / part / name / f"{number:04}.png"
                 Image.fromarray(image).save(file)
     return folder
+
+
+@pytest.fixture
+def on_record():
+    """The runs on record, where figures/ is as it was committed: not someone's own runs."""
+    skip_unless_committed(*(f"figures/{name}.json" for name in ("results", "trials", "faults")))
+    return tables.records()

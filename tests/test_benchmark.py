@@ -4,13 +4,14 @@ import dataclasses
 import inspect
 import json
 import re
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
 
+import recipes
+import report
 import tables
 import utils
 from conftest import ROOT
@@ -20,16 +21,6 @@ import best  # noqa: E402
 import scaling  # noqa: E402
 import speed  # noqa: E402
 import steps  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    """How the notebooks train: the committed records, whatever figures/ holds now."""
-    command = ["git", "show", "HEAD:figures/results.json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    if done.returncode:
-        pytest.skip("without git and a commit nobody can tell whose runs figures/ holds")
-    return {record["run"]: record for record in json.loads(done.stdout)}
 
 
 def small_tasks(run):
@@ -242,7 +233,7 @@ def test_a_models_steps_are_timed(run, name):
 def test_the_work_of_several_processes_is_compared_with_that_of_one(tmp_path, monkeypatch):
     small = types.SimpleNamespace(steps=1, width=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes, where there may be one GPU
-    assert scaling.round_of(2, small) > 0  # and of one, here
+    assert scaling.round_of(1, small) > 0 and scaling.round_of(2, small) > 0
     threads, speeds = torch.get_num_threads(), {1: 100.0, 3: 150.0}
     monkeypatch.setattr(scaling, "round_of", lambda processes, options: speeds[processes])
     options = ["--processes", "3", "--rounds", "2", "--json", str(tmp_path / "scaling.json")]
@@ -253,43 +244,70 @@ def test_the_work_of_several_processes_is_compared_with_that_of_one(tmp_path, mo
     assert (result["efficiency"], result["alone"], result["rounds"]) == (50, 100, 2)
 
 
-def test_every_model_has_its_steps(recorded):
-    assert set(steps.cases()) == set(tables.WHAT) == set(recorded)
-    for name, case in steps.cases().items():
-        record = recorded[name]
-        assert case.batch_size == record["batch_size"], name
-        assert case.muon == record["optimizer"].startswith("Muon"), name
-        assert case.loss.__name__ == record.get("loss", "cross_entropy"), name
+def test_every_model_has_its_steps():
+    assert set(steps.cases()) == set(tables.WHAT)
     row = dict(model="mnist", batch_size=16, step_seconds=0.00384)
     assert steps.table([row]).splitlines()[-1] == "| `mnist` | 16 | 3.84 ms | - | - |"
     row |= dict(replayed_seconds=0.000747, epochs=100, epochs_seconds=224.1)
     assert steps.table([row]).endswith("| 3.84 ms | 0.75 ms | 100, 3.7 min |")
 
 
-@pytest.mark.parametrize("name", best.RUNS)
-def test_a_best_model_is_trained_as_in_its_notebook_and_scored_on_the_other_set(
-    name, run, recorded, monkeypatch
-):
-    load = {"mnist-best": utils.load_mnist, "segmentation-best": utils.load_scenes}
-    seen, data = [], load.get(name, utils.load_cifar10)(run)
-    fit = inspect.signature(best.fit)
+def test_steps_are_those_of_the_runs_on_record(run, on_record):
+    for name, case in steps.cases().items():
+        record = on_record[name]
+        data = steps.noise(2, case.shape, 20 if case.pixels else 10, case.pixels)
+        options = dict(case.options)
+        if case.batches is recipes.Composed:
+            options["layers"] = [steps.noise(2, shape, 10) for shape in ((1, 28, 28), case.shape)]
+        batches = case.batches(data, case.batch_size, run, **options)
+        assert batches.augmentation.partition(", sizes")[0] == without_sizes(record), name
+        assert case.batch_size == record["batch_size"], name
+        assert case.muon == record["optimizer"].startswith("Muon"), name
+        assert report.parameters(case.make()) == record["parameters"], name
+        assert case.loss.__name__ == record.get("loss", "cross_entropy"), name
+
+
+def without_sizes(record):
+    """How images are augmented, but for the sides that they grow through."""
+    return record["augmentation"].partition(", sizes")[0]
+
+
+@pytest.fixture
+def best_run(run, monkeypatch):
+    """A function that gives what benchmarks/best.py trains a model with, and on what."""
+    fit, calls = inspect.signature(best.fit), []
 
     def watch(*parts, **options):
         call = fit.bind(*parts, **options)
         call.apply_defaults()
-        seen.append(call.arguments)
+        calls.append(call.arguments)
         return dict(train_seconds=0)
 
+    def call(name):
+        best.RUNS[name](run, 0)
+        return calls.pop()
+
     monkeypatch.setattr(best, "fit", watch)
-    best.RUNS[name](run, 0)
-    (call,) = seen
+    return call
+
+
+@pytest.mark.parametrize("name", best.RUNS)
+def test_a_best_model_learns_from_the_training_set_and_is_scored_on_the_other(name, run, best_run):
+    load = {"mnist-best": utils.load_mnist, "segmentation-best": utils.load_scenes}
+    data, call = load.get(name, utils.load_cifar10)(run), best_run(name)
     found = [call[part].dataset.fingerprint for part in ("batches", "test_batches")]
     assert found == [part.fingerprint for part in data]
-    record = recorded[name]
+
+
+@pytest.mark.parametrize("name", best.RUNS)
+def test_a_best_model_is_trained_as_the_run_on_record(name, best_run, on_record):
+    record, call = on_record[name], best_run(name)
     assert call["batches"].batch_size == record["batch_size"]
-    augmentation = call["batches"].augmentation.partition(", sizes")[0]
-    assert augmentation == record["augmentation"].partition(", sizes")[0]
+    assert call["batches"].augmentation.partition(", sizes")[0] == without_sizes(record)
+    assert report.parameters(call["model"]) == record["parameters"]
     assert f"'filters': {call['filters']}," in record["optimizer"]
     assert call["mirror"] == name.startswith("cifar10")
-    losses = {"mnist-best": best.SMOOTHED, "segmentation-best": best.recipes.with_dice}
-    assert call["loss"] is losses.get(name, best.SMOOTHED)
+    if name == "segmentation-best":
+        assert call["loss"].__name__ == record["loss"]
+    else:
+        assert call["loss"].keywords == dict(label_smoothing=record["smoothing"])

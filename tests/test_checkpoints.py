@@ -327,6 +327,13 @@ def test_another_run_is_refused_with_what_differs(fact, tmp_path, tally):
     tally.add("faults", survived=(tmp_path / "toy.pt").read_bytes() == before)
 
 
+def test_what_differs_is_shown_where_one_text_only_goes_on():
+    facts = f"batches of 125, {'mean 0.5, ' * 20}std 0.2"
+    for there, here in ((facts, f"{facts}, layers ab cd"), (f"{facts}, layers ab cd", facts)):
+        was, now = checkpoints._difference(there, here).split(" and is now ")
+        assert was != now and ("layers" in was) == ("layers" in there)
+
+
 def test_another_precision_is_refused_and_can_be_put_back(tmp_path, monkeypatch, tally):
     stopped(tmp_path, 2)
     whole = victim.settings(tmp_path)

@@ -798,12 +798,13 @@ def test_no_batches_and_no_labels(run):
     ignored = utils.Dataset("toy", "own", toy().images, torch.full((12,), 255), ("a", "b"))
     with pytest.raises(utils.UsageError, match="no label to score"):
         utils.test(model, utils.Batches(ignored, 4, run), run)
-    for batches in (
-        utils.Batches(ignored, 4, run),
-        [(torch.zeros(2, 1, 4, 4), torch.full((2,), 255))],
-    ):
-        with pytest.raises(utils.UsageError, match="no label to learn from"):
-            utils.train(model, optimizer, batches, utils.Batches(toy(), 4, run), 1, run)
+    some, none = utils.Batches(toy(), 4, run), utils.Batches(ignored, 4, run)
+    for parts in ((none, some), (some, none)):
+        with pytest.raises(utils.UsageError, match="toy: every label is 255"):
+            utils.train(model, optimizer, *parts, 1, run)
+    loader = [(torch.zeros(2, 1, 4, 4), torch.full((2,), 255))]
+    with pytest.raises(utils.UsageError, match="no label to learn from"):
+        utils.train(model, optimizer, loader, some, 1, run)
 
 
 @pytest.mark.parametrize("problem", [NotImplementedError(), OSError(errno.ENOLCK, "no locks")])

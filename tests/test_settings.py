@@ -1,7 +1,9 @@
 """The environment is read as the README says, and a mistake in it gets one clear sentence."""
 
 import dataclasses
+import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -31,12 +33,18 @@ def test_epochs_caps_the_profiles_number():
     assert choose(PROFILE="quick", EPOCHS="30").epochs(full=100, quick=5) == 5
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
 def test_the_commit_on_record_says_where_files_differ_from_it(tmp_path, monkeypatch):
     """All but those in figures/, which a run itself changes."""
 
     def git(*command):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # as in a hook
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
 
     (tmp_path / "figures").mkdir()
     record, code = tmp_path / "figures" / "results.json", tmp_path / "code.py"

@@ -3,14 +3,13 @@
 import json
 import re
 import statistics
-import subprocess
 
 import pytest
 
 import report
 import tables
 import trials
-from conftest import ROOT
+from conftest import ROOT, skip_unless_committed
 
 NOTEBOOKS = ("imageclassification.ipynb", "imagesegmentation.ipynb")
 MEASURED = re.compile(
@@ -94,25 +93,6 @@ def strangers(text: str, known: list[tuple[str, float]]) -> list[str]:
         if number + unit not in GIVEN and not near:
             odd.append(number + unit)
     return odd
-
-
-def skip_unless_committed(*files):
-    """Skip the test where these files are, or may be, someone's own."""
-    options = dict(cwd=ROOT, check=True, capture_output=True)
-    try:
-        assert (ROOT / ".git").exists()
-        subprocess.run(["git", "rev-parse", "--verify", "HEAD"], **options)
-    except (AssertionError, OSError, subprocess.CalledProcessError):
-        pytest.skip(f"without git and a commit nobody can tell whose runs {files} hold")
-    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *files], cwd=ROOT).returncode:
-        pytest.skip(f"{files} differ from what is committed: runs of your own?")
-
-
-@pytest.fixture
-def on_record():
-    """The runs on record, where figures/ is as it was committed: not someone's own runs."""
-    skip_unless_committed(*(f"figures/{name}.json" for name in ("results", "trials", "faults")))
-    return tables.records()
 
 
 @pytest.fixture
