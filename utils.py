@@ -259,9 +259,9 @@ def deal_digits(digits: Dataset, backgrounds: Dataset, draws: torch.Generator) -
 
 
 def generator(*seeds: int) -> torch.Generator:
-    """A CPU generator seeded by numbers of which zeros at the end count for nothing.
+    """A generator on the CPU, so that draws are alike on any device, seeded by all the numbers.
 
-    So draws are alike on any device.
+    Zeros at the end count for nothing: (5, 0) is (5).
     """
     state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))

@@ -723,7 +723,7 @@ def test_a_dataloader_with_labels_out_of_range_is_told_in_time(run, tally):
     tally.add("faults")
 
 
-def test_a_dataloader_to_score_by_may_have_labels_out_of_range_no_more(run, tally):
+def test_a_dataloader_with_labels_out_of_range_is_not_scored(run, tally):
     """-100, say, which torch's own losses ignore; of what is only to be labelled, none is read."""
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, -100])
     data = torch.utils.data.TensorDataset(torch.zeros(8, 1, 4, 4), labels)
