@@ -122,9 +122,10 @@ class Checkpoint:
         for name, here in self.facts.items():
             there = state["facts"].get(name, "nothing")
             if there != here:
+                back = f"set PRECISION={there}" if name == "precision" else "put it back"
                 raise UsageError(
                     f"{self.path} is of another run, whose {name} was {_difference(there, here)}: "
-                    f"put it back, or {self.way_out}."
+                    f"{back}, or {self.way_out}."
                 )
         try:
             for name, part in self._present():
@@ -364,7 +365,8 @@ def require_finite(
         if value.is_floating_point() and not value.isfinite().all():
             raise FloatingPointError(f"After epoch {epoch}, step {step}, {name} is not finite")
     if scaler and scaler.is_enabled() and scaler.get_scale() < 2**-10:  # halved at each such step
-        raise FloatingPointError(f"In epoch {epoch} the gradients are not finite in float16")
+        where = f"In epoch {epoch} the gradients are not finite in float16"
+        raise FloatingPointError(f"{where} (PRECISION=float32 may help)")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,10 @@ NOT_NEEDED = {"jupyter", "nbval", "torchmetrics", "hypothesis", "ruff"}  # by th
 
 
 def set_up(drive: str | None = None) -> None:
-    """Install what is missing, never another torch; put data and checkpoints on a Drive folder."""
+    """Install what is missing, never another torch; put data and checkpoints on a Drive folder.
+
+    Without `drive`, the Drive is mounted if DATA_DIR or CHECKPOINT_DIR lies on it.
+    """
     missing = missing_packages()
     if missing:
         print(f"Installing {', '.join(missing)} ...")
@@ -25,10 +28,12 @@ def set_up(drive: str | None = None) -> None:
         ]
         command = [sys.executable, "-m", "pip", "install", "--quiet", *missing, *pinned]
         subprocess.run(command, check=True)
-    if drive:
+    folders = [os.environ.get(name, "") for name in ("DATA_DIR", "CHECKPOINT_DIR")]
+    if drive or any(folder.startswith("/content/drive") for folder in folders):
         from google.colab import drive as google_drive
 
         google_drive.mount("/content/drive")
+    if drive:
         folder = Path("/content/drive/MyDrive") / drive
         for name, usual in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
             os.environ[name] = str(folder / os.environ.get(name, usual))  # yours may be elsewhere

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -128,7 +129,7 @@ class Settings:
         cap += "" if self.flip else ", no image flipped"
         return (
             f"profile    {self.profile}: {data}{cap}\n"
-            f"hardware   {hardware_name(self.device)}\n"
+            f"hardware   {hardware_name(self.device)}{unused_gpu(self.device)}\n"
             f"precision  {dtype_name(self.precision)}{autocast}, channels_last{graphs}\n"
             f"versions   Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}"
@@ -233,13 +234,14 @@ def best_precision(device: torch.device) -> torch.dtype:
 
     bfloat16 from CUDA compute capability 8.0 on (a T4, 7.5, only emulates it) and on CPUs with
     AMX or AMD's AVX512-BF16 (on an Intel Xeon with that and no AMX, float32 trained faster);
-    float16 on the older tensor cores; float32 elsewhere.
+    float16 on the older tensor cores (a GeForce GTX 16's 7.5 comes without); float32 elsewhere.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability >= (8, 0):
             return torch.bfloat16
-        return torch.float16 if capability >= (7, 0) else torch.float32
+        cores = capability >= (7, 0) and "GTX 16" not in hardware_name(device)
+        return torch.float16 if cores else torch.float32
     checks = ["_is_amx_tile_supported"]
     if "Intel" not in hardware_name(device):
         checks.append("_is_avx512_bf16_supported")
@@ -268,6 +270,15 @@ def hardware_name(device: torch.device) -> str:
     if device.type == "cuda":
         return times + torch.cuda.get_device_name(device)
     return f"{times}{_processor()}, {torch.get_num_threads()} threads"
+
+
+def unused_gpu(device: torch.device) -> str:
+    """What to say of an NVIDIA GPU that is here, and not hidden, if torch does not use it."""
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+    if device.type == "cuda" or hidden or shutil.which("nvidia-smi") is None:
+        return ""
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is for CPUs alone"
+    return f" (nvidia-smi is here, but torch {built} and finds no GPU: see the README)"
 
 
 @cache  # Muon asks for the precision at every step

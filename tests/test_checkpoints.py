@@ -339,7 +339,8 @@ def test_another_precision_is_refused_and_can_be_put_back(tmp_path, monkeypatch,
     whole = victim.settings(tmp_path)
     other = dataclasses.replace(whole, precision=torch.bfloat16)
     monkeypatch.setattr(victim, "settings", lambda folder: other)
-    with pytest.raises(utils.UsageError, match="precision was 'float32' and is now 'bfloat16'"):
+    said = "precision was 'float32' and is now 'bfloat16': set PRECISION=float32, or delete"
+    with pytest.raises(utils.UsageError, match=said):
         victim.fit(tmp_path)
     monkeypatch.setattr(victim, "settings", lambda folder: whole)
     tally.add("faults", survived=len(victim.fit(tmp_path)[0]) == victim.EPOCHS)

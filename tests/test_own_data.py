@@ -426,6 +426,13 @@ def test_colab_installs_what_is_missing_and_keeps_its_torch(tmp_path, monkeypatc
     colab.set_up("vision")  # a folder of their own lies on the Drive, too
     assert utils.settings().checkpoint_dir.parts[-3:] == ("vision", "checkpoints", "five")
     assert f"Checkpoints are kept in {utils.settings().checkpoint_dir}." in capsys.readouterr().out
+    mounted.clear()
+    colab.set_up()  # both lie on the Drive by now, and without it would be a folder of that name
+    assert mounted == ["/content/drive"]
+    monkeypatch.setenv("DATA_DIR", "data")
+    monkeypatch.delenv("CHECKPOINT_DIR")
+    colab.set_up()
+    assert mounted == ["/content/drive"]
 
 
 def test_colab_knows_what_is_missing(tmp_path, monkeypatch):
@@ -440,6 +447,9 @@ def test_colab_knows_what_is_missing(tmp_path, monkeypatch):
     assert colab.missing_packages(tmp_path / "requirements.txt") == []
 
 
+OLDER = "sys.version_info, sys.version = (3, 10, 12), '3.10.12 (main)'"
+
+
 @pytest.mark.parametrize("name", ["imageclassification", "imagesegmentation"])
 def test_a_notebook_alone_says_what_is_missing(name, tmp_path):
     cells = json.loads((ROOT / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -449,6 +459,9 @@ def test_a_notebook_alone_says_what_is_missing(name, tmp_path):
     assert "utils.py is not beside this notebook" in alone.stderr
     beside = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert beside.returncode == 0 and not beside.stdout
+    older = [sys.executable, "-c", first.replace("import sys", "import sys; " + OLDER, 1)]
+    older = subprocess.run(older, cwd=ROOT, capture_output=True, text=True)
+    assert "This needs Python 3.11.4 or later, and runs in 3.10.12." in older.stderr
 
 
 def test_all_four_loaders_of_the_readme_read_such_data(tmp_path, monkeypatch):

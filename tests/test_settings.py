@@ -130,18 +130,35 @@ def test_the_precision_can_be_overridden_and_is_printed():
 
 
 @pytest.mark.parametrize(
-    "capability, precision",
+    "name, capability, precision",
     [
-        ((9, 0), torch.bfloat16),
-        ((8, 0), torch.bfloat16),
-        ((7, 5), torch.float16),
-        ((7, 0), torch.float16),
-        ((6, 1), torch.float32),
+        ("NVIDIA H200", (9, 0), torch.bfloat16),
+        ("NVIDIA A100", (8, 0), torch.bfloat16),
+        ("Tesla T4", (7, 5), torch.float16),
+        ("NVIDIA GeForce GTX 1660 Ti", (7, 5), torch.float32),
+        ("Tesla V100", (7, 0), torch.float16),
+        ("Tesla P4", (6, 1), torch.float32),
     ],
 )
-def test_the_precision_is_the_gpus_native_one(monkeypatch, capability, precision):
+def test_the_precision_is_the_gpus_native_one(monkeypatch, name, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert settings.best_precision(torch.device("cuda")) == precision
+
+
+@pytest.mark.parametrize(
+    "cuda, said", [("13.0", "built for CUDA 13.0 and finds no GPU"), (None, "for CPUs alone")]
+)
+def test_a_gpu_that_torch_does_not_find_is_mentioned(monkeypatch, cuda, said):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(settings.shutil, "which", lambda name: None)
+    assert "GPU" not in str(choose())
+    monkeypatch.setattr(settings.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert said in str(choose())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # hidden, as one asked for
+    assert "GPU" not in str(choose())
 
 
 @pytest.mark.parametrize(
