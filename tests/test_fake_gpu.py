@@ -116,6 +116,7 @@ def test_counts_of_steps_lie_where_the_optimizer_reads_them(fake, fused, replaye
 
 def test_muon_steps_on_a_gpu_that_has_float16_alone(fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with GPU:
         model = CASES["segmentation-2"].make()
     optimizer = recipes.Muon(model)
