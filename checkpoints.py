@@ -10,6 +10,7 @@ import contextlib
 import gc
 import io
 import math
+import os
 import random
 import re
 import signal
@@ -61,8 +62,9 @@ class Checkpoint:
         empty where there is no file yet. On the CPU what follows is bit for bit what would have
         followed without the interruption.
         """
-        self.parts, self.facts = parts, facts
-        require_plain({name: part.state_dict() for name, part in self._present()})
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.facts = facts
+        require_plain({name: part.state_dict() for name, part in self.parts.items()})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path.parent):
@@ -96,7 +98,7 @@ class Checkpoint:
             "facts": dict(self.facts),
             "history": [list(epoch) for epoch in history],
             "made": dict(history.made),
-            "parts": {name: part.state_dict() for name, part in self._present()},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "probe": probe,
         }
         require_plain(state)
@@ -128,7 +130,7 @@ class Checkpoint:
                     f"{back}, or {self.way_out}."
                 )
         try:
-            for name, part in self._present():
+            for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
             answer = _answer(self.parts["model"], state["probe"]["images"])
             logits = state["probe"]["logits"]
@@ -145,10 +147,6 @@ class Checkpoint:
                 f"so its forward pass has changed: put it back, or {self.way_out}."
             )
         return state["history"], state["made"]
-
-    def _present(self) -> list[tuple]:
-        """The parts that the run has: one without a schedule has none."""
-        return [(name, part) for name, part in self.parts.items() if part is not None]
 
     def _read(self) -> dict | None:
         """The newest whole file's content; None where there is none."""
@@ -279,18 +277,11 @@ _CONSTANTS = ("_schedule_phases", "_anneal_func_type", "_milestones")  # that ar
 
 
 def _difference(there: str, here: str) -> str:
-    """The first line that differs, of two texts: "this there, that here"."""
-    lines = there.splitlines() or [""], here.splitlines() or [""]
-    for old, new in zip(*lines, strict=False):
-        if old != new:
-            break
-    else:
-        old, new = (f"{len(side)} lines long" for side in lines)
-    alike = zip(old, new, strict=False)
-    start = next((n for n, (a, b) in enumerate(alike) if a != b), min(len(old), len(new)))
-    start = max(0, old.rfind(" ", 0, max(0, start - 20)))  # long lines are cut to what matters
-    cut = [text[start : start + 90].strip() for text in (old, new)]
-    return f"'{cut[0]}' and is now '{cut[1]}'"
+    """Two texts, from a little before they differ: "'this' and is now 'that'"."""
+    start = len(os.path.commonprefix([there, here]))
+    start = max(0, there.rfind(" ", 0, max(0, start - 20)))
+    old, new = (" ".join(text[start : start + 90].split()) for text in (there, here))
+    return f"'{old}' and is now '{new}'"
 
 
 def require_plain(value, place: str = "the state") -> None:

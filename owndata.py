@@ -6,36 +6,25 @@ What does not fit gets one sentence, before anything is trained on it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import ExifTags, Image
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import files
 from utils import IGNORE, Dataset, UsageError, split
 
 
-def load_pictures(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:
+def load_pictures(folder: Path, size: int | None = None, name: str = "") -> tuple[Dataset, Dataset]:
     """Images in one folder per class, as (training, test).
 
     Folders train/ and test/ in it are the two; without them, a fifth is held out for testing.
     """
-    if all(os.path.isdir(folder / part) for part in ("train", "test")):
-        return load_parts(folder, folder.name, size)
-    return split(load_folder(folder, folder.name, size), share=0.2, seed=1)
-
-
-def load_parts(folder: Path, name: str, size: int | None = None) -> tuple[Dataset, Dataset]:
-    """Images in one folder per class, in train/ and the same classes in test/."""
-    training, test = (load_folder(folder / part, name, size) for part in ("train", "test"))
-    if training.classes != test.classes:
-        both = f"{folder / 'train'} and {folder / 'test'}"
-        raise UsageError(f"{both} must have folders of the same names.")
-    return training, test
+    return _parts(folder, lambda part: load_folder(part, name or folder.name, size))
 
 
 def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:
@@ -55,17 +44,22 @@ def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset
     if "" in classes:
         raise UsageError(f"{names} has an empty line {classes.index('') + 1}: name that class.")
     void = classes.index("void") if "void" in classes else IGNORE
-    parts = [folder / "train", folder / "test"]
 
     def load(part: Path) -> Dataset:
         return load_pairs(part / "images", part / "masks", folder.name, classes, size, void)
 
+    return _parts(folder, load)
+
+
+def _parts(folder: Path, load: Callable[[Path], Dataset]) -> tuple[Dataset, Dataset]:
+    """(training, test): what is in train/ and in test/, or all, a fifth of it held out."""
+    parts = folder / "train", folder / "test"
     if not all(map(os.path.isdir, parts)):
         return split(load(folder), share=0.2, seed=1)
     training, test = map(load, parts)
     if training.classes != test.classes:
         raise UsageError(
-            f"{folder} needs classes.txt: the masks of its two parts differ in classes."
+            f"{folder}: train/ and test/ must have the same classes, as folders or in classes.txt."
         )
     return training, test
 
@@ -78,52 +72,27 @@ def load_folder(
     Without a size they must be of one.
     """
     folder = Path(folder)
-    try:
-        found = _Folders(folder)
-    except OSError as error:  # no folder, no class in it, or nothing in a class
-        raise UsageError(f"{folder} needs a folder of images for each class: {error}.") from None
-    paths, labels = [Path(path) for path, _ in found.samples], torch.tensor(found.targets)
+    classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    inside = [(p, n) for n, c in enumerate(classes) for p in sorted((folder / c).glob("[!.]*"))]
+    found = [(path, n) for path, n in inside if path.suffix.lower() in IMG_EXTENSIONS]
+    others = [path for path, _ in inside if path.suffix.lower() not in IMG_EXTENSIONS]
+    if deep := [path for path in others if path.is_dir()]:
+        raise UsageError(
+            f"{deep[0]} is a folder in that of a class: give each class a folder of images, "
+            "in one folder, or in train/ and test/."
+        )
+    if others:
+        more = f", and {len(others) - 1} more" if others[1:] else ""
+        print(f"left out, of no kind that is read: {others[0]}{more}")
+    if not found:
+        raise UsageError(f"{folder} needs a folder of images for each class: there is no image.")
+    paths, labels = [path for path, _ in found], torch.tensor([number for _, number in found])
     images, kept = files.read_images(paths, "RGB", size and (size, size), skip_unreadable)
-    empty = sorted(set(range(len(found.classes))) - set(labels[kept].tolist()))
+    empty = sorted(set(range(len(classes))) - set(labels[kept].tolist()))
     if empty and kept:
-        raise UsageError(f"{folder / found.classes[empty[0]]} has no image that can be read.")
+        raise UsageError(f"{folder / classes[empty[0]]} has no image that can be read.")
     pixels = _stack(images, [paths[k] for k in kept])
-    return Dataset(name, "own", pixels, labels[kept], tuple(found.classes))
-
-
-class _Folders(torchvision.datasets.ImageFolder):
-    """An ImageFolder that passes by hidden folders and files, .ipynb_checkpoints say.
-
-    A class is a folder of images, not of folders.
-    """
-
-    def find_classes(self, directory):
-        names = [path.name for path in Path(directory).iterdir() if path.is_dir()]
-        names = sorted(name for name in names if not name.startswith("."))
-        if not names:
-            raise FileNotFoundError(f"there is no folder in {directory}")
-        return names, {name: number for number, name in enumerate(names)}
-
-    @staticmethod
-    def make_dataset(directory, *others, **options):
-        found = torchvision.datasets.ImageFolder.make_dataset(directory, *others, **options)
-        found = [
-            (path, label)
-            for path, label in found
-            if not any(part[0] == "." for part in Path(path).relative_to(directory).parts)
-        ]
-        paths = {Path(path) for path, _ in found}
-        others = [p for p in Path(directory).glob("[!.]*/[!.]*") if p not in paths and p.is_file()]
-        if others:
-            more = f", and {len(others) - 1} more" if others[1:] else ""
-            print(f"left out, of no kind that is read: {others[0]}{more}")
-        deep = [path for path, _ in found if Path(path).parent.parent != Path(directory)]
-        if deep:
-            raise UsageError(
-                f"{deep[0]} lies a folder deeper than {directory}/CLASS/IMAGE: give each class a "
-                "folder of images, in one folder, or in train/ and test/."
-            )
-        return found
+    return Dataset(name, "own", pixels, labels[kept], tuple(classes))
 
 
 def load_pairs(

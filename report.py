@@ -197,7 +197,8 @@ def keep(
                 figure.savefig(folder / f"{name}.png", dpi=120)
     except OSError as error:
         raise UsageError(
-            f"The record of {name} cannot be written to {folder} ({reason(error)}): see to it and "
+            f"The record of {name}, or its figure, cannot be written to {folder} "
+            f"({reason(error)}): see to it and "
             "run this again (what a short or full run has trained is in its checkpoint)."
         ) from None
 

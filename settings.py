@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def digits(self) -> Settings:
-        """What MNIST is trained with: beside your own pictures the quick profile, for seconds."""
+        """What MNIST is trained with: beside your own pictures, the quick profile."""
         return replace(self, profile="quick") if self.pictures else self
 
     @property
@@ -108,7 +108,7 @@ class Settings:
     def checkpoint(self, name: str) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
         own = self.pictures or self.scenes
-        folder = f"own/{own.resolve().name}" if own else self.kind or self.pick("", "", "short")
+        folder = f"own/{own.resolve().name}" if own else self.pick("", "quick", "short")
         every = 60.0 if self.device.type == "cuda" else 0.0  # there an epoch may take a second
         if self.checkpoint_dir.is_relative_to("/content/drive"):  # Colab's: each file is uploaded,
             every *= 10  # and what it replaces may stay in the Drive's bin, up to 250 MB a time

@@ -88,9 +88,7 @@ def compare(
     elif asked is None and run.profile != "quick":
         text = f"Not run in the {run.profile} profile: `python trials.py {question}` does that."
     else:
-        started = None
-        if run.profile == "full":
-            started = f"trials/{question}-{epochs}"
+        started = f"trials/{question}-{epochs}" if run.profile == "full" else None
         rows = [
             _row(question, name, variant, validation, epochs, run, seeds, started)
             for name, variant in variants.items()

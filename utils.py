@@ -84,10 +84,7 @@ class Dataset:
             refuse(f"{len(self.classes)} classes are too many: label {IGNORE} means ignored")
         if len(self.classes) < 2:
             refuse(f"there is one class only ({', '.join(self.classes)}), so nothing to tell apart")
-        wrong = (self.labels < 0) | (self.labels >= len(self.classes)) & (self.labels != IGNORE)
-        if wrong.any():
-            first, limit = self.labels[wrong][0].item(), len(self.classes) - 1
-            refuse(f"{int(wrong.sum())} labels are out of range 0 to {limit}, {first} for one")
+        require_labels(self.labels, len(self.classes), self.name)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,7 +104,7 @@ class Dataset:
         return self._copies[device]
 
     def subset(self, index: Tensor) -> Dataset:
-        """The examples at `index`, int64 (M)."""
+        """The examples at `index`, int64 (M), or where it, bool (N), is true."""
         groups = None if self.groups is None else self.groups[index]
         return replace(self, images=self.images[index], labels=self.labels[index], groups=groups)
 
@@ -128,18 +125,24 @@ class Dataset:
         return f"{self.name} ({self.source}): {size}, {kind} of {len(self.classes)} classes"
 
 
+def require_labels(labels: Tensor, classes: int, whose: str) -> None:
+    """Refuse labels that are neither a class nor IGNORE."""
+    wrong = (labels < 0) | (labels >= classes) & (labels != IGNORE)
+    if wrong.any():
+        first, where = labels[wrong][0].item(), f"out of range 0 to {classes - 1}"
+        raise UsageError(f"{whose}: {int(wrong.sum())} labels are {where}, {first} for one.")
+
+
 def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Deal a data set out at random into (training, validation); groups stay together."""
     groups = torch.arange(len(dataset)) if dataset.groups is None else dataset.groups
-    number = groups.unique(return_inverse=True)[1]
-    order = torch.randperm(int(number.max()) + 1, generator=generator(seed))
-    held_out = torch.bincount(number)[order].cumsum(0) <= round(share * len(dataset))
+    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
+    order = torch.randperm(len(sizes), generator=generator(seed))
+    few = sizes[order].cumsum(0) <= round(share * len(dataset))  # the first groups of that order
+    held_out = torch.isin(group, order[few])
     if not held_out.any():
         raise UsageError(f"{dataset.name} is too small to hold {share:.0%} of it out.")
-    chosen = torch.zeros(len(order), dtype=torch.bool)
-    chosen[order[held_out]] = True
-    chosen = chosen[number]
-    return dataset.subset((~chosen).nonzero()[:, 0]), dataset.subset(chosen.nonzero()[:, 0])
+    return dataset.subset(~held_out), dataset.subset(held_out)
 
 
 def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
@@ -182,7 +185,8 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
 
         jpeg = any(file.suffix.lower() in (".jpg", ".jpeg") for file in folder.rglob("*"))
         source = "JPEG copy" if jpeg else "PNG folders"
-        return tuple(replace(p, source=source) for p in owndata.load_parts(folder, "CIFAR-10"))
+        parts = owndata.load_pictures(folder, name="CIFAR-10")
+        return tuple(replace(part, source=source) for part in parts)
     if not os.path.isdir(run.data_dir / "cifar-10-batches-py"):
         files.fetch("CIFAR-10", run.data_dir)
     files.check_cifar10(run.data_dir / "cifar-10-batches-py")
@@ -203,8 +207,8 @@ def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
         import owndata
 
         return owndata.load_scenes(run.scenes, run.size)
-    digits, backgrounds = load_mnist(run.digits), load_cifar10(run)
-    return tuple(map(compose_scenes, digits, backgrounds, (0, 1)))  # each part has its seed
+    parts = zip(load_mnist(run.digits), load_cifar10(run), strict=True)
+    return tuple(compose_scenes(*part, seed) for seed, part in enumerate(parts))
 
 
 def load_layers(run: Settings) -> tuple[Dataset, Dataset]:
@@ -213,6 +217,7 @@ def load_layers(run: Settings) -> tuple[Dataset, Dataset]:
     They are in the scenes' order and groups, so `split` deals all three out alike.
     """
     digits, backgrounds = load_mnist(run.digits)[0], load_cifar10(run)[0]
+    # seed 0 is the training scenes', and dealing digits is the first that compose_scenes draws
     return deal_digits(digits, backgrounds, generator(0)), backgrounds
 
 
@@ -353,6 +358,7 @@ class Batches:
         rows = _reflect(torch.arange(height, device=self.device) + down[:, None], height)
         columns = _reflect(torch.arange(width, device=self.device) + across[:, None], width)
         columns = torch.where(flips[:, None], columns.flip(1), columns)
+        # where each pixel is taken from, (B, H, W): its number among those of the whole data set
         spot = (index[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
         pixels = self.pixels.view(-1, channels).index_select(0, spot.view(-1))
         if self.labels.ndim == 1:
@@ -537,23 +543,13 @@ def _on_device(batches: Iterable, classes: int, run: Settings):
     for images, labels in batches:
         if len(images) < world():
             continue
-        require_labels(batches, labels, classes)
+        if not isinstance(batches, Batches):  # whose labels were looked at before
+            require_labels(labels, classes, "A batch")
         empty = False
         images, labels = images[share], labels[share]
         yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
     if empty:
         raise UsageError(f"No batch has an image for each of {world()} processes.")
-
-
-def require_labels(batches: Iterable, labels: Tensor, classes: int) -> None:
-    """Refuse labels of a batch that are no class; those of `Batches` were looked at before."""
-    if isinstance(batches, Batches):
-        return
-    wrong = (labels < 0) | (labels >= classes) & (labels != IGNORE)
-    if wrong.any():
-        first, count = labels[wrong][0].item(), int(wrong.sum())
-        where = f"out of range 0 to {classes - 1}, {first} for one"
-        raise UsageError(f"{count} labels of a batch are {where}.")
 
 
 def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
@@ -607,8 +603,8 @@ def _outputs(model: nn.Module, batches: Iterable, run: Settings, scored: bool = 
         for images, labels in mine:
             with run.autocast():
                 logits = model(images.to(run.device, non_blocking=True))
-            if scored:
-                require_labels(batches, labels, logits.shape[1])
+            if scored and not isinstance(batches, Batches):
+                require_labels(labels, logits.shape[1], "A batch")
             yield logits, labels.to(run.device, non_blocking=True)
     except (RuntimeError, MemoryError) as error:
         problem = out_of_memory(error, batches)

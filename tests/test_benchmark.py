@@ -14,13 +14,8 @@ import recipes
 import report
 import tables
 import utils
+from benchmarks import best, scaling, speed, steps
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import best  # noqa: E402
-import scaling  # noqa: E402
-import speed  # noqa: E402
-import steps  # noqa: E402
 
 
 def small_tasks(run):

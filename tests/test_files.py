@@ -533,7 +533,7 @@ def test_masks_are_matched_with_upright_images_and_hidden_files_are_left_alone(t
 def test_test_folders_of_other_names_are_refused(tmp_path, run, tally):
     folders(tmp_path / "cifar10" / "train", names=("bird", "cat", "dog"))
     folders(tmp_path / "cifar10" / "test", names=("cat", "dog"))
-    with pytest.raises(utils.UsageError, match="must have folders of the same names"):
+    with pytest.raises(utils.UsageError, match="must have the same classes, as folders"):
         utils.load_cifar10(full(run, tmp_path))
     tally.add("faults")
 
@@ -551,7 +551,7 @@ def test_nothing_that_could_be_read(tmp_path):
     [
         (lambda root: None, "needs a folder of images for each class"),
         (lambda root: root.mkdir(), "needs a folder of images for each class"),
-        (lambda root: folders(root).joinpath("bird").mkdir(), "no valid file for the classes bird"),
+        (lambda root: folders(root).joinpath("bird").mkdir(), "bird has no image that can be read"),
         (lambda root: folders(root, names=("cat",)), "there is one class only \\(cat\\)"),
         (lambda root: folders(root, names=("cat",)) and folders(root, 1, (9, 9), ("dog",)), "9x9"),
     ],
@@ -718,7 +718,7 @@ def test_a_dataloader_with_labels_out_of_range_is_told_in_time(run, tally):
     data = torch.utils.data.TensorDataset(torch.zeros(8, 1, 4, 4), labels)
     loader, model = torch.utils.data.DataLoader(data, 4), linear(16, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(utils.UsageError, match="1 labels of a batch are out of range 0 to 2, 3"):
+    with pytest.raises(utils.UsageError, match="A batch: 1 labels are out of range 0 to 2, 3"):
         utils.train(model, optimizer, loader, loader, 1, run)
     tally.add("faults")
 
@@ -728,7 +728,7 @@ def test_a_dataloader_with_labels_out_of_range_is_not_scored(run, tally):
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, -100])
     data = torch.utils.data.TensorDataset(torch.zeros(8, 1, 4, 4), labels)
     loader, model = torch.utils.data.DataLoader(data, 4), linear(16, 3)
-    sentence = "1 labels of a batch are out of range 0 to 2, -100"
+    sentence = "A batch: 1 labels are out of range 0 to 2, -100"
     with pytest.raises(utils.UsageError, match=sentence):
         utils.test(model, loader, run)
     with pytest.raises(utils.UsageError, match=sentence):

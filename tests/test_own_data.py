@@ -113,7 +113,7 @@ def test_pictures_are_resized_and_split(tmp_path):
     parts = owndata.load_pictures(tmp_path / "parts", size=32)
     assert [len(part) for part in parts] == [12, 12]
     (tmp_path / "parts" / "test" / "c").rename(tmp_path / "parts" / "test" / "d")
-    with pytest.raises(utils.UsageError, match="must have folders of the same names"):
+    with pytest.raises(utils.UsageError, match="must have the same classes, as folders"):
         owndata.load_pictures(tmp_path / "parts", size=32)
 
 
@@ -210,7 +210,7 @@ def test_scenes_in_train_and_test(tmp_path):
 def test_pictures_a_folder_too_deep_are_no_class(tmp_path):
     for part in ("train", "val"):
         handwriting(tmp_path / part, count=2)
-    with pytest.raises(utils.UsageError, match="lies a folder deeper than"):
+    with pytest.raises(utils.UsageError, match="a is a folder in that of a class"):
         owndata.load_pictures(tmp_path, size=32)
 
 
