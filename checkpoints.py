@@ -47,7 +47,8 @@ class Checkpoint:
     `every` seconds apart, but for the last one; by default every epoch is saved.
     """
 
-    def __init__(self, path: Path, resume: bool = True, every: float = 0.0):
+    def __init__(self, path: str | Path, resume: bool = True, every: float = 0.0):
+        path = Path(path)
         self.path, self.resume, self.every = path, resume, every
         self.kept, self.saved = 0, -math.inf  # epochs in the file, and when this wrote it last
         self.previous = path.with_name(f"{path.name}.previous")
@@ -88,7 +89,11 @@ class Checkpoint:
         return history, made
 
     def save(self, history: History, images: Tensor, last: bool = False) -> None:
-        """Write the state after an epoch; `images` (B, C, H, W) are a few that it trained on."""
+        """Write the state after an epoch; `images` (B, C, H, W) are a few that it trained on.
+
+        After `start`. Nothing is written within `every` seconds of the last save, unless it is the
+        `last` epoch. Raises UsageError where it cannot be written.
+        """
         if not last and time.monotonic() - self.saved < self.every:
             return
         kept = images.cpu().clone()  # without the rest of a batch that they are a view of
@@ -116,7 +121,11 @@ class Checkpoint:
         self.kept, self.saved = len(history), time.monotonic()
 
     def load(self) -> tuple[list, dict]:
-        """Bring the parts to the state in the file: (history, makers), or empty without a file."""
+        """Bring the parts to the state in the file: (history, makers), or empty without a file.
+
+        After `start`, which names parts and facts. A file of another run, or a damaged one, is
+        refused by a UsageError.
+        """
         state = self._read()
         if state is None:
             return [], {}
@@ -346,6 +355,7 @@ def require_finite(
 ) -> None:
     """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite.
 
+    `totals`, float64 (4), are an epoch's sum of losses, correct labels, labels, and finite steps.
     Or if a GradScaler, which leaves steps of gradients that are not finite out, hardly took one.
     """
     finite = int(totals[3])

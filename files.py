@@ -374,7 +374,7 @@ def read_images(
     return [found[place] for place in kept], kept
 
 
-def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+def read_npz(path: str | Path, names: Sequence[str]) -> list[np.ndarray]:
     """The named arrays of an npz file, whose checksums must be right; nothing is unpickled."""
     try:
         with zipfile.ZipFile(path) as archive:

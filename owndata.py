@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +20,24 @@ import files
 from utils import IGNORE, Dataset, UsageError, split
 
 
-def load_pictures(folder: Path, size: int | None = None, name: str = "") -> tuple[Dataset, Dataset]:
-    """Images in one folder per class, as (training, test).
+def load_pictures(
+    folder: str | Path, size: int | None = None, name: str = ""
+) -> tuple[Dataset, Dataset]:
+    """Images in one folder per class, as (training, test), see `load_folder`.
 
     Folders train/ and test/ in it are the two; without them, a fifth is held out for testing.
     """
+    folder = Path(folder)
     return _parts(folder, lambda part: load_folder(part, name or folder.name, size))
 
 
-def load_scenes(folder: Path, size: int | None = None) -> tuple[Dataset, Dataset]:
+def load_scenes(folder: str | Path, size: int | None = None) -> tuple[Dataset, Dataset]:
     """Pairs in images/ and masks/, or in both of train/ and test/, as (training, test).
 
     The names of the classes are the lines of classes.txt, or "class 0" and so on; one called void
-    is neither learned nor scored.
+    is neither learned nor scored. See `load_pairs`.
     """
+    folder = Path(folder)
     names = folder / "classes.txt"
     try:
         text = names.read_text(encoding="utf-8-sig").strip() if os.path.exists(names) else ""
@@ -65,11 +70,13 @@ def _parts(folder: Path, load: Callable[[Path], Dataset]) -> tuple[Dataset, Data
 
 
 def load_folder(
-    folder: Path, name: str, size: int | None = None, skip_unreadable: bool = False
+    folder: str | Path, name: str, size: int | None = None, skip_unreadable: bool = False
 ) -> Dataset:
-    """Images in one folder per class, grey or in colour, brought to size x size pixels.
+    """Images in one folder per class, grey or in colour, as uint8 RGB (N, 3, size, size).
 
-    Without a size they must be of one.
+    Each is squeezed to size x size pixels; without a size they must be of one. Labels are int64
+    (N), the places of the folders' names in alphabetical order. What cannot be read is refused, or
+    with `skip_unreadable` named and left out. Raises UsageError.
     """
     folder = Path(folder)
     classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
@@ -87,7 +94,8 @@ def load_folder(
     if not found:
         raise UsageError(f"{folder} needs a folder of images for each class: there is no image.")
     paths, labels = [path for path, _ in found], torch.tensor([number for _, number in found])
-    images, kept = files.read_images(paths, "RGB", size and (size, size), skip_unreadable)
+    both = None if size is None else (size, size)
+    images, kept = files.read_images(paths, "RGB", both, skip_unreadable)
     empty = sorted(set(range(len(classes))) - set(labels[kept].tolist()))
     if empty and kept:
         raise UsageError(f"{folder / classes[empty[0]]} has no image that can be read.")
@@ -96,17 +104,19 @@ def load_folder(
 
 
 def load_pairs(
-    images: Path,
-    masks: Path,
+    images: str | Path,
+    masks: str | Path,
     name: str,
     classes: Sequence[str] = (),
     size: int | None = None,
     ignore: int = IGNORE,
 ) -> Dataset:
-    """Images and their label maps from two folders, matched by stem, brought to size x size pixels.
+    """Images and their label maps from two folders, matched by stem, all squeezed to one size.
 
-    A mask's pixels are class indices, or a palette's, and not of a JPEG, whose compression changes
-    them; `ignore` is neither learned nor scored.
+    Images become uint8 RGB (N, 3, size, size), maps uint8 (N, size, size); without a size all must
+    be of one. A mask's pixels are class indices of one byte, or a palette's, and not of a JPEG,
+    whose compression changes them; `ignore` and 255 are neither learned nor scored. Raises
+    UsageError.
     """
     paths = []
     for folder in (Path(images), Path(masks)):
@@ -123,7 +133,7 @@ def load_pairs(
         raise UsageError(f"{counts}: {alone[0]} has no counterpart{more}.")
     pictures, maps = ([part[stem] for stem in sorted(part)] for part in paths)
     _check_masks(pictures, maps)
-    both = size and (size, size)
+    both = None if size is None else (size, size)
     pixels = files.read_images(pictures, "RGB", both)[0]
     labels = files.read_images(maps, None, both)[0]
     for path, label in zip(maps, labels, strict=True):
@@ -154,8 +164,12 @@ def _check_masks(pictures: Sequence[Path], maps: Sequence[Path]) -> None:
             raise UsageError(f"{mask} is {sizes[1]} but its image {picture} is {sizes[0]}.")
 
 
-def load_npz(path: Path, name: str, classes: Sequence[str] = ()) -> Dataset:
-    """A file's `images`, uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), and `labels`, integers."""
+def load_npz(path: str | Path, name: str, classes: Sequence[str] = ()) -> Dataset:
+    """A file's `images`, uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), and `labels`.
+
+    Labels are integers (N) or (N, H, W), class indices or 255, which is ignored. Images become
+    (N, C, H, W). Raises UsageError.
+    """
     images, labels = files.read_npz(path, ["images", "labels"])
     if images.dtype != np.uint8 or labels.dtype.kind not in "iu":
         got = f"{images.dtype} and {labels.dtype}"
@@ -171,10 +185,15 @@ def load_npz(path: Path, name: str, classes: Sequence[str] = ()) -> Dataset:
 def from_torchvision(
     dataset: Iterable, name: str, classes: Sequence[str] = (), size: int = 32
 ) -> Dataset:
-    """What yields (PIL image, class or PIL mask), torchvision.datasets.VOCSegmentation say."""
+    """What yields (PIL image, class or PIL mask), torchvision.datasets.VOCSegmentation say.
+
+    Images become uint8 RGB (N, 3, size, size), squeezed; classes, integers, int64 (N); masks, of
+    one byte a pixel, uint8 (N, size, size), each pixel the nearest one's. 255 is ignored. Raises
+    UsageError.
+    """
     images, labels = [], []
     for image, label in dataset:
-        if not isinstance(image, Image.Image) or label is None or isinstance(label, dict):
+        if not isinstance(image, Image.Image) or not isinstance(label, (Integral, Image.Image)):
             got = f"{type(image).__name__} and {type(label).__name__}"
             raise UsageError(f"{name} must yield PIL images with a class or a mask, not {got}.")
         try:
@@ -184,11 +203,17 @@ def from_torchvision(
         images.append(np.array(image.resize((size, size), Image.Resampling.BILINEAR)))
         if isinstance(label, Image.Image):
             label = np.array(label.resize((size, size), Image.Resampling.NEAREST))
+            if label.dtype != np.uint8 or label.ndim != 2:
+                has = f"{label.ndim} axes of {label.dtype}"
+                raise UsageError(f"{name}: masks must have one byte a pixel, not {has}.")
+        if labels and np.shape(label) != np.shape(labels[0]):
+            raise UsageError(f"{name} must yield classes alone, or masks alone.")
         labels.append(label)
     if not images:
         raise UsageError(f"{name}: there are no images.")
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     labels = torch.from_numpy(np.stack(labels))
+    labels = labels if labels.ndim == 3 else labels.long()
     return Dataset(name, "own", pixels, *_classes(labels, classes))
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from settings import best_precision
-from utils import Batches, UsageError, generator
+from settings import Settings, best_precision
+from utils import Batches, Dataset, UsageError, generator
 
 
 class Muon(torch.optim.AdamW):
@@ -27,7 +27,9 @@ class Muon(torch.optim.AdamW):
     normalisation, so that its filters' scale has no effect. Their averaged gradient, as a matrix
     with a row for each filter, is made orthogonal, so that a step moves every direction by as much.
     Before each step a layer's filters are scaled to a norm of 1, in root mean square over them, so
-    that `filters`, their learning rate, is relative; `others` is AdamW's.
+    that `filters`, their learning rate, is relative; `others` is AdamW's, with betas of 0.9 and
+    0.99 and no weight decay. The average is Nesterov's, with `momentum`. A step clears the filters'
+    gradients. Raises UsageError for a model without filters.
     In float16 every step waits for the device, as GradScaler asks whether the gradients are finite.
     Jordan et al., Muon, 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes matrices
     only.
@@ -68,7 +70,7 @@ class Muon(torch.optim.AdamW):
                 steps = orthogonal(torch.stack(matrices), scale=group["lr"])
             norms = torch._foreach_norm(weights)
             for weight, step, norm in zip(weights, steps, norms, strict=True):
-                weight.mul_(math.sqrt(len(weight)) / norm)
+                weight.mul_(math.sqrt(len(weight)) / norm.clamp(min=1e-30))  # all may be zero
                 weight.sub_(step.view_as(rows[0]).permute(0, 3, 1, 2))
                 weight.grad = None  # AdamW passes over what has none
         super().step()
@@ -142,31 +144,36 @@ class Conv3x3(nn.Conv2d):
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
 
 
-def with_dice(scores: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def with_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Cross-entropy, plus the Dice loss: 1 - 2 overlap / (guesses + truth), mean over classes.
 
-    Scores (N, classes, H, W) and labels int64 (N, H, W) to a number. Guesses are probabilities, so
+    Logits (N, classes, H, W) and labels int64 (N, H, W) to a number. Guesses are probabilities, so
     each of the three is a sum over the batch's pixels (a process's share of them). However few
     pixels a class has, it counts as much as any; one that the batch lacks adds a constant to the
     loss, and nothing to its gradient. After Milletari et al., V-Net, 2016 (arXiv:1606.04797), who
     have two classes, and sums of squares in the denominator.
     """
     counted = (labels != ignore_index)[:, None]
-    classes = torch.arange(scores.shape[1], device=labels.device)[:, None, None]
+    classes = torch.arange(logits.shape[1], device=labels.device)[:, None, None]
     truth = (labels[:, None] == classes) & counted
-    guesses = scores.float().softmax(1) * counted
+    guesses = logits.float().softmax(1) * counted
     overlap, both = (guesses * truth).sum((0, 2, 3)), (guesses + truth).sum((0, 2, 3))
     dice = 1 - (2 * overlap / both.clamp(min=1)).mean()
-    return F.cross_entropy(scores, labels, ignore_index=ignore_index) + dice
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index) + dice
 
 
-def linear_decay(optimizer: torch.optim.Optimizer, batches, epochs: int):
+def linear_decay(
+    optimizer: torch.optim.Optimizer, batches: Batches, epochs: int
+) -> torch.optim.lr_scheduler.LinearLR:
     """Learning rates that fall in a line, from what they are to 0 after the last step."""
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(batches))
 
 
 def progressive_sizes(epochs: int) -> list[int]:
-    """Sides of images for epochs 1, 2 .., in pixels: from 20 to 32, with a third of them at 20."""
+    """Sides of images for epochs 1, 2 .., in pixels: up to 32, of three epochs and more from 20.
+
+    A third of them, rounded down, is 20.
+    """
     sides = 20, 20, 24, 24, 28, 32
     return [sides[(len(sides) * epoch - 1) // epochs] for epoch in range(1, epochs + 1)]
 
@@ -175,7 +182,8 @@ class Resized(Batches):
     """`Batches` of smaller images at first: epoch e's are brought to `sizes[e - 1]` pixels a side.
 
     Progressive resizing: what is coarse is learned from 20x20 pixels as well, at about a third of
-    the multiply-adds. Howard, in fast.ai's entry to DAWNBench, 2018. For labels of images.
+    the multiply-adds. Howard, in fast.ai's entry to DAWNBench, 2018. Later epochs have the last
+    size. For labels of images.
     With `flip`, flips `alternate`: an image that one epoch mirrors is not mirrored in the next, so
     that any two epochs in a row see both sides of all; the first epoch's are drawn. Jordan, 2024.
     """
@@ -183,6 +191,8 @@ class Resized(Batches):
     def __init__(self, *batches, sizes: Sequence[int], alternate: bool = True, **options):
         super().__init__(*batches, **options)
         self.sizes, self.alternate = tuple(sizes), alternate
+        if not self.sizes or self.labels.ndim != 1:
+            raise UsageError(f"{self.dataset.name}: give a size, and images with one label each.")
 
     def side(self, epoch: int) -> int:
         """The side of an epoch's images, in pixels."""
@@ -211,12 +221,17 @@ class Resized(Batches):
 class Warped(Batches):
     """`Batches` whose every image is turned, slanted, stretched and moved, each in its own way.
 
-    A random affine map, by up to `degrees` (turned, and slanted as much), a part `stretch` of the
-    side, and `move` pixels; the border is filled with the top left pixel. For labels of images.
+    A random affine map: rotation and shear by up to `degrees` each, either side scaled by up to a
+    part `stretch` of it, translation by up to `move` pixels; the border is filled with the top left
+    pixel. For square images, and labels of images. After LeCun et al., Gradient-Based Learning
+    Applied to Document Recognition, 1998.
     """
 
     def __init__(self, *batches, degrees: float, stretch: float, move: float, **options):
         super().__init__(*batches, **options)
+        height, width = self.dataset.images.shape[2:]
+        if height != width or self.labels.ndim != 1:
+            raise UsageError(f"{self.dataset.name}: only square images with one label are warped.")
         self.degrees, self.stretch, self.move = degrees, stretch, move
 
     @property
@@ -248,8 +263,17 @@ class Composed(Batches):
     in another colour at another place. The rest is as in `utils.compose_scenes`.
     """
 
-    def __init__(self, scenes, batch_size, run, *statistics, layers, **options):
-        super().__init__(scenes, batch_size, run, *statistics, **options)
+    def __init__(
+        self,
+        scenes: Dataset,
+        batch_size: int,
+        run: Settings,
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+        *,
+        layers: Sequence[Dataset],
+        **options,
+    ):
+        super().__init__(scenes, batch_size, run, statistics, **options)
         digits, backgrounds = layers
         if not len(scenes) == len(backgrounds) == len(digits):
             counts = f"{len(scenes)}, {len(backgrounds)} and {len(digits)}"
@@ -284,9 +308,10 @@ class Composed(Batches):
 
 
 class Views(nn.Module):
-    """Test-time augmentation: scores averaged over an image, its moved copies and mirror images.
+    """Test-time augmentation: logits averaged over an image, its moved copies and mirror images.
 
-    Moved by a pixel up and left, and down and right; the two together count as much as the image.
+    Moved by a pixel up and left, and down and right; the two together count as much as the image;
+    with `mirror`, each and its mirror image count half. For labels of images. Jordan, 2024.
     """
 
     def __init__(self, model: nn.Module, mirror: bool = True):
@@ -294,7 +319,7 @@ class Views(nn.Module):
         self.model, self.mirror = model, mirror
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to scores (N, classes)."""
+        """Images (N, C, H, W), of 2 pixels a side or more, to float32 logits (N, classes)."""
         height, width = images.shape[2:]
         wider = F.pad(images, (1, 1, 1, 1), mode="reflect")
         moved = wider[..., :height, :width], wider[..., 2:, 2:]

@@ -60,7 +60,11 @@ def parameters(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
-    """Multiply-adds of one forward pass over one image of shape (C, H, W)."""
+    """Multiply-adds of one forward pass over one image of shape (C, H, W), in evaluation mode.
+
+    Of convolutions and matrix products, as torch's FlopCounterMode counts them; normalisation,
+    activations and pooling count nothing.
+    """
     probe = copy.deepcopy(model).to("meta").eval()  # shapes alone: nothing is computed
     with FlopCounterMode(display=False) as counter:
         probe(torch.zeros(1, *shape, device="meta"))
@@ -69,7 +73,7 @@ def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
 
 def training_flops(model: nn.Module, batches: Batches, epochs: int) -> float:
     """Floating-point operations of that many epochs: two for a multiply-add, the backward pass as
-    two forward ones, whatever the size of the images of each epoch."""
+    two forward ones; images count at the size that they have in each epoch."""
     channels, *shape = batches.dataset.images.shape[1:]
     size_of = getattr(batches, "side", None)  # recipes.Resized
     shapes = [(size_of(e),) * 2 if size_of else tuple(shape) for e in range(1, epochs + 1)]
@@ -80,14 +84,17 @@ def training_flops(model: nn.Module, batches: Batches, epochs: int) -> float:
 def receptive_field(model: nn.Module, size: int = 256) -> int:
     """Side, in pixels, of the square of the input that one output position depends on.
 
-    Measured: the extent of the input's gradient at a central output of a fully convolutional
-    model, with weights above zero and averages for maxima so that nothing cancels or is masked.
+    Measured, up to `size` pixels: the extent of the input's gradient at a central output of a fully
+    convolutional model, (N, 3, H, W) to (N, C, H, W), with weights above zero, averages for maxima
+    and new running statistics, so that nothing cancels or is masked.
     """
     probe = copy.deepcopy(model).cpu().double().eval()
     for module in list(probe.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.MaxPool2d):
                 setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+        if hasattr(module, "reset_running_stats"):  # batch normalisation
+            module.reset_running_stats()
         for parameter in module.parameters(recurse=False):
             nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
     image = torch.ones(1, 3, size, size, dtype=torch.float64, requires_grad=True)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torchvision
@@ -30,6 +30,7 @@ from files import UsageError
 if TYPE_CHECKING:
     from utils import Dataset
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent
 VARIABLES = {  # of the environment: what a value must look like, and the same in words
     "PROFILE": ("full|short|quick", "full, short or quick"),
@@ -62,7 +63,7 @@ class Settings:
     flip: bool = True  # whether training mirrors images
     resume: bool = True  # whether runs go on from their checkpoints
 
-    def pick(self, full, quick, short=None):
+    def pick(self, full: T, quick: T, short: T | None = None) -> T:
         """The value that belongs to the profile; the short one's is the full one's by default."""
         if self.profile == "short" and short is not None:
             return short
@@ -75,7 +76,8 @@ class Settings:
     def budget(self, dataset: Dataset, batch_size: int, *epochs: int) -> list[int]:
         """[batch size, epochs ..]: as given, but for your own data about 1,000 steps.
 
-        A batch is then a twentieth of the data, 8 or more; epochs are 10 to 200, or EPOCHS.
+        A batch is then a twentieth of the data, 8 at least and `batch_size` at most; all `epochs`
+        are one number, 10 to 200, or EPOCHS. It is printed.
         """
         if dataset.source == "own":
             batch_size = min(batch_size, max(8, len(dataset) // 20))
@@ -144,7 +146,11 @@ def settings(
     `graphs` are used on CUDA alone, by one process, and not in float16, in which Muon's steps wait
     for the device (AdamW's, fused, would not: nobody has tried).
 
-    Of PICTURES and SCENES one is read: SCENES if it is set, but not by what has no `scenes`.
+    Of PICTURES and SCENES one is used: SCENES if it is set, unless `scenes` is false.
+
+    Under torchrun it joins the processes. It sets torch's global flags: denormal numbers are
+    flushed to zero, cuDNN tries its algorithms, and multiplies float32 in TF32 where the precision
+    is another. Raises UsageError for a value that makes no sense.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if int(environ.get("WORLD_SIZE") or 1) > 1 and "LOCAL_RANK" in environ:  # by torchrun
@@ -172,7 +178,7 @@ def settings(
         torch.backends.cudnn.allow_tf32 = precision != torch.float32  # it is float32, then
     if precision == torch.float16:  # a step that overflows is left out, and it may be the first
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
-    able = device.type == "cuda" and world() == 1 and precision != torch.float16
+    able = device.type == "cuda" and world_size() == 1 and precision != torch.float16
     return Settings(
         profile=value["PROFILE"] or ("full" if device.type == "cuda" else "quick"),
         epochs_cap=int(value["EPOCHS"]) if value["EPOCHS"] else None,
@@ -206,7 +212,7 @@ def join_processes(device: torch.device, local_rank: int) -> torch.device:
     return device
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -218,13 +224,13 @@ def rank() -> int:
 
 def add_up(counts: Tensor) -> None:
     """Sum what the processes counted, in place."""
-    if world() > 1:
+    if world_size() > 1:
         distributed.all_reduce(counts)
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the first one's averages of batch normalisation, in place."""
-    if world() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
@@ -266,7 +272,7 @@ def require_code(device: torch.device) -> None:
 
 def hardware_name(device: torch.device) -> str:
     """The GPU's name, or the processor's and its thread count, and how many there are at work."""
-    times = f"{world()} x " if world() > 1 else ""
+    times = f"{world_size()} x " if world_size() > 1 else ""
     if device.type == "cuda":
         return times + torch.cuda.get_device_name(device)
     return f"{times}{_processor()}, {torch.get_num_threads()} threads"

@@ -21,7 +21,7 @@ from typing import Literal
 import matplotlib
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import recipes
@@ -45,16 +45,19 @@ asked: set[str] | None = None  # those that `python trials.py` answers now
 
 @dataclass(frozen=True)
 class Variant:
-    """One answer that is tried: a model, its batches and its peak learning rate."""
+    """One answer that is tried: a model, its batches and its peak learning rate.
+
+    With `muon` the rate is that of the filters; AdamW has a weight decay of 0.05.
+    """
 
     make: Callable[[], nn.Module]
     batches: utils.Batches
     peak: float
     muon: bool = False  # Muon, in place of AdamW
     schedule: Literal["cycle", "line", "constant"] | None = None  # None: Muon's line, AdamW's cycle
-    smoothing: float = 0.0  # of the labels
+    smoothing: float = 0.0  # label_smoothing, for a loss that takes it, as cross_entropy does
     views: Callable[[nn.Module], nn.Module] | None = None  # what is scored, recipes.Views say
-    loss: Callable = F.cross_entropy  # or a function of (scores, labels, ignore_index)
+    loss: Callable[..., Tensor] = F.cross_entropy  # a function of (logits, labels, ignore_index)
 
 
 def compare(
@@ -126,9 +129,9 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         histories.append(history)
         scores.append(history[-1].validation_accuracy)
         if variant.views:
-            scores[-1] = utils.test(variant.views(model), validation, run)
+            scores[-1] = utils.evaluate(variant.views(model), validation, run)
         if data.labels.ndim == 3:
-            of_pixels = utils.test_pixels(model, validation, len(data.classes), run)
+            of_pixels = utils.evaluate_pixels(model, validation, len(data.classes), run)
             pixels.append(report.pixel_facts(of_pixels, data.classes))
     curves = np.array([[e.validation_accuracy for e in history] for history in histories])
     changes = np.abs(np.diff(curves[:, max(0, epochs // 2 - 1) :]))

@@ -1,7 +1,7 @@
 """What both notebooks share, in the order in which a run needs it.
 
     settings() -> load_*() -> Dataset -> Batches -> model (in the notebook) -> train() -> history
-               -> test(), test_pixels()
+               -> evaluate(), evaluate_pixels()
 
 Images are uint8 until a batch is made; accuracies are percentages; times are seconds. What a run
 leaves behind (record, figure, pictures) is report.py's, the quick profile's data is samples.py's,
@@ -12,11 +12,12 @@ precision.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -35,7 +36,16 @@ from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, req
 from files import UsageError
 from graphs import captured
 from progress import Progress
-from settings import Settings, add_up, commit, dtype_name, hardware_name, rank, share_buffers, world
+from settings import (
+    Settings,
+    add_up,
+    broadcast_buffers,
+    commit,
+    dtype_name,
+    hardware_name,
+    rank,
+    world_size,
+)
 from settings import settings as settings  # for the notebooks
 
 DIGITS = tuple("0123456789")
@@ -51,8 +61,11 @@ REPORT_EVERY = 25  # iterations between two reports, as in the write-up
 class Dataset:
     """Images uint8 (N, C, H, W), and labels uint8 or int64: (N), or maps (N, H, W); in memory.
 
-    `source` says what kind of copy it is; `groups` int64 (N) holds one number for all the images
-    that share pixels, which `split` keeps together.
+    A label is an index into `classes`, or IGNORE, 255, for what is neither learned nor scored.
+    `source` says what kind of copy it is: "own" for data of yours, "sample" for a stand-in; any
+    other name passes for the published data, whose scores are set beside the write-up's. `groups`
+    int64 (N) holds one number for all the images that share pixels, which `split` keeps together.
+    Raises UsageError for what is not so.
     """
 
     name: str
@@ -85,6 +98,8 @@ class Dataset:
         if len(self.classes) < 2:
             refuse(f"there is one class only ({', '.join(self.classes)}), so nothing to tell apart")
         require_labels(self.labels, len(self.classes), self.name)
+        if self.groups is not None and len(self.groups) != len(self.images):
+            refuse(f"groups must be one per image, not {len(self.groups)} for {len(self.images)}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -134,19 +149,29 @@ def require_labels(labels: Tensor, classes: int, whose: str) -> None:
 
 
 def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Deal a data set out at random into (training, validation); groups stay together."""
+    """Deal a data set out at random into (training, validation); groups stay together.
+
+    Validation has the part `share` of the examples, or less where groups do not add up to it; both
+    keep the data set's order. Raises UsageError where either would be empty.
+    """
     groups = torch.arange(len(dataset)) if dataset.groups is None else dataset.groups
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     order = torch.randperm(len(sizes), generator=generator(seed))
     few = sizes[order].cumsum(0) <= round(share * len(dataset))  # the first groups of that order
     held_out = torch.isin(group, order[few])
+    if held_out.all():
+        raise UsageError(f"{dataset.name}: with {share:.0%} held out, nothing is left to train on.")
     if not held_out.any():
         raise UsageError(f"{dataset.name} is too small to hold {share:.0%} of it out.")
     return dataset.subset(~held_out), dataset.subset(held_out)
 
 
 def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
-    """MNIST as (training, official test): 60,000 + 10,000; in the quick profile 4,000 + 1,000."""
+    """MNIST as (training, official test), images (N, 1, 28, 28): 60,000 + 10,000 of ten digits.
+
+    In the quick profile 4,000 + 1,000. From DATA_DIR, where missing files are downloaded to; other
+    data in MNIST's format is read as well, its classes called 0 to 9. Raises UsageError.
+    """
     if run.profile == "quick":
         import samples  # only here: the other profiles need none of its packages
 
@@ -165,11 +190,11 @@ def load_mnist(run: Settings) -> tuple[Dataset, Dataset]:
 
 
 def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
-    """CIFAR-10 as (training, official test): 50,000 + 10,000 images of ten classes.
+    """CIFAR-10 as (training, official test): 50,000 + 10,000 images (N, 3, 32, 32), ten classes.
 
     From torchvision's files or from image folders, cifar10/{train,test}/CLASS; in the quick profile
-    its stand-in: 3,000 + 1,000 patches of ten photographs. In any profile your own
-    pictures where PICTURES names their folder, brought to 32x32.
+    its stand-in: 3,000 + 1,000 patches of ten photographs. In any profile your own pictures where
+    PICTURES names their folder, brought to 32x32. Missing files are downloaded. Raises UsageError.
     """
     if run.pictures:
         import owndata  # only here: it makes data sets, so it needs this module
@@ -224,9 +249,13 @@ def load_layers(run: Settings) -> tuple[Dataset, Dataset]:
 def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     """One scene per background: a digit in a random colour at a random place, blended over it.
 
-    A pixel is its digit (0 to 9) where the ink is over one half, else its background (10 to 19).
-    No digit is used twice while there are as many as backgrounds.
+    Of ten digits (M, 1, S, S) and N backgrounds in colour, images (N, 3, H, W) and label maps
+    uint8 (N, H, W): a pixel is its digit (0 to 9) where the ink is over one half, else its
+    background (10 and up). No digit is used twice while there are as many as backgrounds. Raises
+    UsageError for other layers.
     """
+    if backgrounds.images.shape[1] != 3 or (backgrounds.labels == IGNORE).any():
+        raise UsageError(f"{backgrounds.name}: backgrounds must be in colour, each with a class.")
     draws, n = generator(seed), len(backgrounds)
     height, width = backgrounds.images.shape[2:]
     side = digits.images.shape[-1]
@@ -266,8 +295,10 @@ def deal_digits(digits: Dataset, backgrounds: Dataset, draws: torch.Generator) -
 def generator(*seeds: int) -> torch.Generator:
     """A generator on the CPU, so that draws are alike on any device, seeded by all the numbers.
 
-    Zeros at the end count for nothing: (5, 0) is (5).
+    They are whole numbers from 0 up. Zeros at the end count for nothing: (5, 0) is (5).
     """
+    if min(seeds) < 0:
+        raise UsageError(f"A seed is {min(seeds)}: it must be 0 or more.")
     state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
@@ -278,10 +309,13 @@ def generator(*seeds: int) -> torch.Generator:
 class Batches:
     """Mini-batches of a data set that lies whole on the device, as uint8.
 
-    Yields images float32 (B, C, H, W), normalised, and labels int64 (B) or (B, H, W). With
-    `shuffle` the order of epoch e comes from (seed, e) alone; so do the horizontal flips, with
-    `flip`, and the moves of up to `shift` pixels, the border filled by reflection. A label map
-    moves and flips with its image.
+    Yields images float32 (B, C, H, W), channels_last and normalised, and labels int64 (B) or
+    (B, H, W), on `run.device`; the last batch may be short. `statistics` are the (mean, std) of
+    each channel on the scale 0 to 1, see `Dataset.statistics`: the training set's for every part;
+    without them the data set's own. With `shuffle` the order of epoch e comes from (seed, e) alone;
+    so do the horizontal flips, with `flip`, and the moves of up to `shift` pixels, the border
+    filled by reflection. A label map moves and flips with its image. Until `set_epoch` names
+    another epoch, every pass is the same. Raises UsageError for an argument out of range.
     """
 
     def __init__(
@@ -298,7 +332,7 @@ class Batches:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}: it must be at least 1.")
         if not 0 <= shift < min(dataset.images.shape[2:]):
-            raise UsageError(f"shift is {shift}: it must be less than the image's side.")
+            raise UsageError(f"shift is {shift}: it must be 0 or more, and less than a side.")
         self.dataset, self.batch_size, self.device = dataset, batch_size, run.device
         self.shuffle, self.flip, self.shift, self.seed = shuffle, flip, shift, seed
         self.epoch = 0
@@ -308,6 +342,10 @@ class Batches:
         # pixels in rows, so that one index_select cuts, shifts and flips, and gives channels_last
         self.pixels, self.labels = dataset.on(run.device)
         self.mean, self.std = statistics or dataset.statistics()
+        channels = dataset.images.shape[1]
+        if not len(self.mean) == len(self.std) == channels:
+            counts = f"{len(self.mean)} and {len(self.std)}, where images have {channels} channels"
+            raise UsageError(f"{dataset.name}: statistics are {counts}: one of each a channel.")
         mean = torch.tensor(self.mean)
         std = torch.tensor(self.std).clamp(min=1 / 255)  # of even images, too
         image = self.pixels.new_ones(self.pixels.shape[1:], dtype=torch.float32)
@@ -331,7 +369,7 @@ class Batches:
         """Choose the epoch whose order and augmentation the next pass draws."""
         self.epoch = epoch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, draws = len(self.dataset), generator(self.seed, self.epoch)
         order = torch.randperm(n, generator=draws) if self.shuffle else torch.arange(n)
         moves = torch.randint(2 * self.shift + 1, (2, n), generator=draws) - self.shift
@@ -385,7 +423,7 @@ class Epoch(NamedTuple):
     epoch: int
     seconds: float  # of training alone
     loss: float  # mean of the batches', each weighted by its labels that count
-    accuracy: float  # on the same
+    accuracy: float  # of the same labels, as met: augmented, while the model was still changing
     validation_accuracy: float  # after the epoch
     validation_seconds: float
 
@@ -419,22 +457,27 @@ def train(
     epochs: int,
     run: Settings,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-    loss_function=F.cross_entropy,
+    loss_function: Callable[..., Tensor] = F.cross_entropy,
     checkpoint: Checkpoint | None = None,
     patience: int | None = None,
 ) -> History:
     """Train for `epochs` passes over `batches` and score `validation` after each.
 
-    `batches` are `Batches`, or any iterable with a length that yields (images, labels), a torch
-    DataLoader say; `schedule` steps after every batch. Losses and counts stay on the device until
-    the epoch ends; a batch's loss is weighted by its labels, so a short one counts for what it is.
+    Both are `Batches`, or any iterable with a length that yields (images, labels), a torch
+    DataLoader say: float32 (B, C, H, W), and int64 (B) or (B, H, W), of which IGNORE counts for
+    nothing. `loss_function(logits, labels, ignore_index=IGNORE)` is the mean over the labels that
+    count; `schedule` steps after every batch. Losses and counts stay on the device until the epoch
+    ends; a batch's loss is weighted by its labels, so a short one counts for what it is.
     With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
     best validation accuracy is that many epochs old. Ctrl-C ends it without an error, as it was
     after the last epoch that was saved; without a checkpoint, the weights keep what was begun. On a
-    GPU graphs.py replays the steps, where they can be.
+    GPU graphs.py replays the steps, where they can be. The model, which must be on `run.device`, is
+    left in evaluation mode. Raises UsageError where model, data and checkpoint do not fit, for want
+    of memory, and for a loss or weights that are not finite.
     """
     classes = check_fit(model, batches, run)
     check_fit(model, validation, run)
+    check_loss(loss_function)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)  # see _tally
     history, title = History(), checkpoint.path.stem if checkpoint else type(model).__name__
@@ -446,7 +489,7 @@ def train(
         facts["precision"] = dtype_name(run.precision)
         history = History(*checkpoint.start(parts, facts_of(**parts, **facts)))
     history.planned = epochs
-    forward = model if world() == 1 else nn.parallel.DistributedDataParallel(model)
+    forward = model if world_size() == 1 else nn.parallel.DistributedDataParallel(model)
 
     def step(images: Tensor, labels: Tensor) -> None:
         with run.autocast():
@@ -478,13 +521,13 @@ def train(
                     progress.step(epoch, number, totals)
             seconds = clock(run) - started
             add_up(totals)
-            totals[3] /= world()
+            totals[3] /= world_size()
             require_finite(epoch, number, totals, model, scaler)
             loss_sum, correct, count, _ = totals.tolist()
             if count == 0:
                 raise UsageError("There is no label to learn from.")
-            share_buffers(model)
-            score = test(model, validation, run)
+            broadcast_buffers(model)
+            score = evaluate(model, validation, run)
             scores = loss_sum / count, 100 * correct / count, score
             history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
             progress.epoch(history)
@@ -496,7 +539,10 @@ def train(
 
 
 def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
-    """How many classes the model scores; data that it can't be trained or scored on is refused."""
+    """How many classes the model scores; data that it can't be trained or scored on is refused.
+
+    Two images of the first batch are tried; the model is left in evaluation mode.
+    """
     name, dataset = type(model).__name__, getattr(batches, "dataset", None)
     if len(batches) == 0:
         raise UsageError("There are no batches.")
@@ -516,6 +562,8 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
         raise UsageError(
             out_of_memory(error) or f"{name} can't take images of shape {shape}: {error}."
         ) from None
+    if not isinstance(logits, Tensor):
+        raise UsageError(f"{name} must return logits, a Tensor, not {type(logits).__name__}.")
     if logits.ndim < 2 or (len(logits), *logits.shape[2:]) != labels.shape:
         given, needed = tuple(logits.shape[1:]), tuple(labels.shape[1:])
         raise UsageError(
@@ -534,14 +582,24 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
     return logits.shape[1]
 
 
+def check_loss(loss_function: Callable) -> None:
+    """Refuse a loss that takes no `ignore_index` when it is called, as nn.CrossEntropyLoss()."""
+    try:
+        signature = inspect.signature(getattr(loss_function, "forward", loss_function))
+        signature.bind(None, None, ignore_index=IGNORE)
+    except (TypeError, ValueError):
+        takes = "(logits, labels, ignore_index), as nn.functional.cross_entropy does"
+        raise UsageError(f"loss_function must take {takes}: {loss_function} does not.") from None
+
+
 def _on_device(batches: Iterable, classes: int, run: Settings):
     """This process's share of every batch, on the device.
 
     A batch that has less than an image for each process is left out.
     """
-    share, empty = slice(rank(), None, world()), True
+    share, empty = slice(rank(), None, world_size()), True
     for images, labels in batches:
-        if len(images) < world():
+        if len(images) < world_size():
             continue
         if not isinstance(batches, Batches):  # whose labels were looked at before
             require_labels(labels, classes, "A batch")
@@ -549,7 +607,7 @@ def _on_device(batches: Iterable, classes: int, run: Settings):
         images, labels = images[share], labels[share]
         yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
     if empty:
-        raise UsageError(f"No batch has an image for each of {world()} processes.")
+        raise UsageError(f"No batch has an image for each of {world_size()} processes.")
 
 
 def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
@@ -570,7 +628,9 @@ def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None
     totals[3:].add_(totals[:1].isfinite())
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, batches, epochs: int, peak: float | list[float]):
+def one_cycle(
+    optimizer: torch.optim.Optimizer, batches: Iterable, epochs: int, peak: float | list[float]
+) -> torch.optim.lr_scheduler.OneCycleLR:
     """One cycle over the whole run: from peak/25 up to `peak` in its first 30%, then to almost 0.
 
     One peak for all groups of parameters, or a list with one for each. Smith and Topin,
@@ -598,7 +658,7 @@ def _outputs(model: nn.Module, batches: Iterable, run: Settings, scored: bool = 
     batches.
     """
     model.eval()
-    mine = itertools.islice(batches, rank(), None, world()) if scored else batches
+    mine = itertools.islice(batches, rank(), None, world_size()) if scored else batches
     try:
         for images, labels in mine:
             with run.autocast():
@@ -614,7 +674,7 @@ def _outputs(model: nn.Module, batches: Iterable, run: Settings, scored: bool = 
 
 
 @torch.inference_mode()
-def test(model: nn.Module, batches: Iterable, run: Settings) -> float:
+def evaluate(model: nn.Module, batches: Iterable, run: Settings) -> float:
     """Percentage of labels that the model gets right: of images, or of pixels for label maps."""
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)  # correct, labels
     for logits, labels in _outputs(model, batches, run):
@@ -631,14 +691,16 @@ class PixelScores:
     """Scores of the labels of pixels, or images, in percent."""
 
     accuracy: float  # of all labels
-    class_accuracy: Tensor  # (classes,) of the labels that are the class; NaN where none is
-    class_iou: Tensor  # (classes,) intersection over union; NaN where it is no guess either
-    mean_iou: float  # of the classes that are somewhere
+    class_accuracy: Tensor  # float64 (classes,), recall: of the class's labels; NaN where none is
+    class_iou: Tensor  # float64 (classes,), intersection over union; NaN where no guess either
+    mean_iou: float  # of the classes that are a label or a guess somewhere
     confusion: Tensor  # int64 (classes, classes): rows are the truth
 
 
 @torch.inference_mode()
-def test_pixels(model: nn.Module, batches: Iterable, classes: int, run: Settings) -> PixelScores:
+def evaluate_pixels(
+    model: nn.Module, batches: Iterable, classes: int, run: Settings
+) -> PixelScores:
     """Every per-pixel score from one confusion matrix, counted on the device."""
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     for logits, labels in _outputs(model, batches, run):
@@ -651,9 +713,16 @@ def test_pixels(model: nn.Module, batches: Iterable, classes: int, run: Settings
 
 
 def confusion_matrix(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
-    """int64 (classes, classes), rows the truth, of labels and guesses of one shape."""
+    """int64 (classes, classes), rows the truth, of labels and guesses, integers of one shape.
+
+    Labels that are IGNORE are left out; other numbers than 0 to classes - 1 are refused.
+    """
+    require_labels(labels, classes, "The labels")
     counted = labels != IGNORE
-    pairs = labels[counted].long() * classes + guesses[counted].long()
+    labels, guesses = labels[counted].long(), guesses[counted].long()
+    if ((guesses < 0) | (guesses >= classes)).any():
+        raise UsageError(f"Guesses must be classes, 0 to {classes - 1}.")
+    pairs = labels * classes + guesses
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
@@ -672,7 +741,10 @@ def pixel_scores(confusion: Tensor) -> PixelScores:
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable, run: Settings) -> tuple[Tensor, Tensor]:
-    """(class, its probability) for every label of unshuffled batches, on the CPU."""
+    """(classes int64, their probabilities float32) for every image or pixel, on the CPU.
+
+    Each is (N) or (N, H, W), in the batches' order, which is the data set's if they do not shuffle.
+    """
     guesses, probabilities = [], []
     for logits, _ in _outputs(model, batches, run, scored=False):
         probability, guess = logits.float().softmax(1).max(1)

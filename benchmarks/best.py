@@ -73,10 +73,10 @@ def fit(
         source=batches.dataset.source,
     )
     if batches.dataset.labels.ndim == 3:
-        scores = utils.test_pixels(model, test_batches, len(batches.dataset.classes), run)
+        scores = utils.evaluate_pixels(model, test_batches, len(batches.dataset.classes), run)
         return row | dict(test_accuracy=scores.accuracy, mean_iou=scores.mean_iou)
-    views = utils.test(recipes.Views(model, mirror), test_batches, run)
-    return row | dict(test_accuracy=views, without_views=utils.test(model, test_batches, run))
+    views = utils.evaluate(recipes.Views(model, mirror), test_batches, run)
+    return row | dict(test_accuracy=views, without_views=utils.evaluate(model, test_batches, run))
 
 
 def mnist_best(run: settings.Settings, seed: int) -> dict:

@@ -38,10 +38,10 @@ def measure(steps: int, width: int) -> None:
     model = model.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     training = utils.load_cifar10(run)[0]
-    batch = 128 * settings.world()
+    batch = 128 * settings.world_size()
     training = training.subset(torch.arange(steps * batch) % len(training))
     batches = utils.Batches(training, batch, run, shuffle=True, flip=True, shift=4)
-    one = utils.Batches(training.subset(torch.arange(settings.world())), 1, run)
+    one = utils.Batches(training.subset(torch.arange(settings.world_size())), 1, run)
     with contextlib.redirect_stdout(io.StringIO()):
         history = utils.train(model, optimizer, batches, one, 2, run)
     if settings.rank() == 0:

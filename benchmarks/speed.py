@@ -162,7 +162,7 @@ class Ours:
         return history
 
     def test(self) -> float:
-        return utils.test(self.model, self.validation, self.run)
+        return utils.evaluate(self.model, self.validation, self.run)
 
 
 def drain(batches) -> Callable[[], object]:

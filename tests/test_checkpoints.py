@@ -681,7 +681,7 @@ def test_ctrl_c_in_a_destructor_is_not_lost(uninterrupted, tmp_path, tally):
 
 
 def test_ctrl_c_in_validation_and_in_a_save(uninterrupted, tmp_path, tally, monkeypatch, capsys):
-    for owner, name in ((utils, "test"), (checkpoints, "write_whole")):
+    for owner, name in ((utils, "evaluate"), (checkpoints, "write_whole")):
         folder = tmp_path / name
         with monkeypatch.context() as patch:
             calls, original = [], getattr(owner, name)
@@ -827,7 +827,7 @@ def test_out_of_memory_in_evaluation(run):
             return torch.empty(2**60)
 
     with pytest.raises(utils.UsageError, match="batches of 64: try a batch size of 32"):
-        utils.test(Hungry(), utils.Batches(victim.toy(), 64, run), run)
+        utils.evaluate(Hungry(), utils.Batches(victim.toy(), 64, run), run)
 
 
 def test_other_errors_are_not_disguised(tmp_path):
@@ -931,7 +931,7 @@ def test_rare_saves_change_nothing_but_where_a_run_goes_on(
 
 def test_a_plateau_is_saved_however_rare_saves_are(rarely, tmp_path, monkeypatch):
     scores = iter([50.0, 60.0, 55.0, 58.0])
-    monkeypatch.setattr(utils, "test", lambda *arguments: next(scores))
+    monkeypatch.setattr(utils, "evaluate", lambda *arguments: next(scores))
     assert len(victim.fit(tmp_path, patience=2)[0]) == 4
     assert len(victim.fit(tmp_path, patience=2)[0]) == 4
 
@@ -944,7 +944,7 @@ def test_a_plateau_is_a_best_score_that_is_old():
 
 def test_training_stops_at_a_plateau_and_stays_stopped(tmp_path, monkeypatch):
     scores = iter([50.0, 60.0, 55.0, 58.0, 59.0, 70.0])
-    monkeypatch.setattr(utils, "test", lambda *arguments: next(scores))
+    monkeypatch.setattr(utils, "evaluate", lambda *arguments: next(scores))
     history, _ = victim.fit(tmp_path, patience=2)
     assert [e.validation_accuracy for e in history] == [50.0, 60.0, 55.0, 58.0]
     assert not history.stopped  # by anyone

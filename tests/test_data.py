@@ -59,6 +59,16 @@ def test_what_is_too_small_to_split_is_refused(groups):
         utils.split(toy(2, groups=groups))
 
 
+def test_a_split_leaves_something_to_train_on():
+    with pytest.raises(utils.UsageError, match="with 100% held out, nothing is left"):
+        utils.split(toy(), share=1.0)
+
+
+def test_a_seed_is_no_negative_number():
+    with pytest.raises(utils.UsageError, match="A seed is -1"):
+        utils.split(toy(), seed=-1)
+
+
 # ---- the samples
 
 
@@ -284,10 +294,29 @@ def test_bad_data_gets_one_sentence(change, sentence):
         dataclasses.replace(toy(), **change)
 
 
+def test_groups_are_one_for_each_image():
+    with pytest.raises(utils.UsageError, match="toy: groups must be one per image, not 5 for 100"):
+        toy(groups=torch.zeros(5))
+
+
 def test_an_empty_data_set_is_refused():
     nothing = torch.zeros(0, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(utils.UsageError, match="toy: there are no images"):
         utils.Dataset("toy", "sample", nothing, torch.zeros(0).long(), ("one",))
+
+
+def test_statistics_are_one_for_each_channel(run):
+    with pytest.raises(utils.UsageError, match="toy: statistics are 1 and 1, where images have 3"):
+        utils.Batches(toy(), 5, run, ([0.5], [0.2]))
+
+
+def test_backgrounds_are_in_colour_and_have_a_class():
+    backgrounds = coded_backgrounds(20)
+    grey = dataclasses.replace(backgrounds, images=backgrounds.images[:, :1])
+    some = torch.where(torch.arange(20) > 0, backgrounds.labels, utils.IGNORE)
+    for other in (grey, dataclasses.replace(backgrounds, labels=some)):
+        with pytest.raises(utils.UsageError, match="backgrounds must be in colour, each with a cl"):
+            utils.compose_scenes(coded_digits(20), other, seed=0)
 
 
 def test_statistics_are_those_of_all_pixels(run):

@@ -730,9 +730,9 @@ def test_a_dataloader_with_labels_out_of_range_is_not_scored(run, tally):
     loader, model = torch.utils.data.DataLoader(data, 4), linear(16, 3)
     sentence = "A batch: 1 labels are out of range 0 to 2, -100"
     with pytest.raises(utils.UsageError, match=sentence):
-        utils.test(model, loader, run)
+        utils.evaluate(model, loader, run)
     with pytest.raises(utils.UsageError, match=sentence):
-        utils.test_pixels(model, loader, 3, run)
+        utils.evaluate_pixels(model, loader, 3, run)
     assert len(utils.predict(model, loader, run)[0]) == 8
     tally.add("faults")
 
@@ -753,6 +753,27 @@ def test_batches_of_other_types_are_told_before_training(images, labels, run, ta
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(utils.UsageError, match="must be float32 images and int64 labels"):
         utils.train(model, optimizer, loader, loader, 1, run)
+    tally.add("faults")
+
+
+def test_a_loss_must_take_what_is_ignored(run, tally):
+    model, batches = linear(16, 3), utils.Batches(toy(), 4, run)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    parts = model, optimizer, batches, batches, 1, run
+    with pytest.raises(utils.UsageError, match=r"loss_function must take .* CrossEntropyLoss\(\)"):
+        utils.train(*parts, loss_function=torch.nn.CrossEntropyLoss())
+    tally.add("faults")
+
+
+def test_a_model_must_return_logits(run, tally):
+    class Named(torch.nn.Linear):  # as torchvision's segmentation models do
+        def forward(self, x):
+            return {"out": super().forward(x.flatten(1))}
+
+    model, batches = Named(16, 3), utils.Batches(toy(), 4, run)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(utils.UsageError, match="Named must return logits, a Tensor, not dict"):
+        utils.train(model, optimizer, batches, batches, 1, run)
     tally.add("faults")
 
 
@@ -797,7 +818,7 @@ def test_no_batches_and_no_labels(run):
         utils.train(model, optimizer, [], [], 1, run)
     ignored = utils.Dataset("toy", "own", toy().images, torch.full((12,), 255), ("a", "b"))
     with pytest.raises(utils.UsageError, match="no label to score"):
-        utils.test(model, utils.Batches(ignored, 4, run), run)
+        utils.evaluate(model, utils.Batches(ignored, 4, run), run)
     some, none = utils.Batches(toy(), 4, run), utils.Batches(ignored, 4, run)
     for parts in ((none, some), (some, none)):
         with pytest.raises(utils.UsageError, match="toy: every label is 255"):

@@ -117,3 +117,11 @@ def test_multiply_adds_are_those_of_the_layers():
 )
 def test_the_receptive_field_is_the_known_one(layers, field):
     assert report.receptive_field(nn.Sequential(*layers), size=64) == field
+
+
+def test_a_trained_model_has_the_same_receptive_field():
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.fill_(100.0)  # at which nothing would pass the ReLU
+    layers = nn.Conv2d(3, 4, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+    assert report.receptive_field(nn.Sequential(*layers), size=64) == 5
+    assert norm.running_mean.tolist() == [100.0] * 4

@@ -105,7 +105,7 @@ def test_road_scenes_take_the_place_of_digits_on_pictures(tmp_path):
 
 
 def test_pictures_are_resized_and_split(tmp_path):
-    training, test = owndata.load_pictures(handwriting(tmp_path / "letters"), size=32)
+    training, test = owndata.load_pictures(str(handwriting(tmp_path / "letters")), size=32)
     assert (len(training), len(test)) == (29, 7) and training.classes == ("a", "b", "c")
     assert training.images.shape[1:] == (3, 32, 32) and training.images.float().std() > 10
     for part in ("train", "test"):
@@ -118,7 +118,7 @@ def test_pictures_are_resized_and_split(tmp_path):
 
 
 def test_masks_are_resized_to_the_nearest_label(tmp_path):
-    training, test = owndata.load_scenes(roads(tmp_path / "roads"), size=24)
+    training, test = owndata.load_scenes(str(roads(tmp_path / "roads")), size=24)
     assert (len(training), len(test)) == (16, 4) and training.classes == tuple(ROADS)
     assert training.images.shape[1:] == (3, 24, 24) and training.labels.shape[1:] == (24, 24)
     assert set(training.labels.unique().tolist()) <= {*range(12), 255}
@@ -239,6 +239,16 @@ def test_a_torchvision_data_set_in_one_line():
     fake.transform = torchvision.transforms.ToTensor()
     with pytest.raises(utils.UsageError, match="must yield PIL images .* not Tensor and int"):
         owndata.from_torchvision(fake, "fake")
+    deep = Image.fromarray(np.zeros((40, 50), np.uint16))
+    image = maps[0][0]
+    for pairs, sentence in (
+        ([(image, (1, deep))], "not Image and tuple"),
+        ([(image, "cat")], "not Image and str"),
+        ([(image, deep)], "masks must have one byte a pixel, not 2 axes of uint16"),
+        ([maps[0], (image, 1)], "must yield classes alone, or masks alone"),
+    ):
+        with pytest.raises(utils.UsageError, match=sentence):
+            owndata.from_torchvision(pairs, "fake", size=32)
 
 
 def test_names_of_classes_may_be_an_array(tmp_path):

@@ -305,6 +305,22 @@ def test_composed_scenes_need_layers_of_one_length(layers, run):
         recipes.Composed(scenes, 7, run, layers=(few, backgrounds))
 
 
+def test_composed_scenes_take_statistics_as_plain_batches_do(layers, run):
+    given = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    by_name = recipes.Composed(layers[0], 7, run, statistics=given, layers=layers[1])
+    by_place = recipes.Composed(layers[0], 7, run, given, layers=layers[1])
+    assert (by_name.mean, by_name.std) == (by_place.mean, by_place.std) == given
+
+
+def test_muon_moves_filters_that_start_at_zero():
+    layer = nn.Conv2d(2, 4, 3, bias=False)
+    nn.init.zeros_(layer.weight)
+    optimizer = recipes.Muon(layer, filters=0.1)
+    layer(torch.randn(3, 2, 5, 5)).sum().backward()
+    optimizer.step()
+    assert layer.weight.isfinite().all() and layer.weight.abs().max() > 0
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(2, 2), nn.Conv2d(1, 2, 3)])
 def test_muon_needs_filters(layer):
     with pytest.raises(utils.UsageError, match=f"{layer._get_name()} has no convolution without a"):
@@ -389,6 +405,17 @@ def test_warped_batches_without_a_warp_are_plain_ones(run, pictures):
     for (images, labels), (same, known) in zip(plain, still, strict=True):
         torch.testing.assert_close(same, images, atol=1e-4, rtol=1e-4)
         assert torch.equal(labels, known)
+
+
+def test_only_square_images_with_one_label_are_warped_or_resized(run, layers, pictures):
+    wide = replace(pictures, images=pictures.images[:, :, :16])
+    warp = dict(degrees=10, stretch=0.1, move=2)
+    for data in (wide, layers[0]):
+        with pytest.raises(utils.UsageError, match="only square images with one label are warped"):
+            recipes.Warped(data, 10, run, **warp)
+    for data, sizes in ((layers[0], [20]), (pictures, [])):
+        with pytest.raises(utils.UsageError, match="give a size, and images with one label each"):
+            recipes.Resized(data, 10, run, sizes=sizes)
 
 
 def test_a_warp_is_made_of_what_its_name_says_within_its_bounds(run, monkeypatch):

@@ -1,5 +1,6 @@
 """The scores are those of torchmetrics and scikit-learn, ignored pixels and absent classes too."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +42,7 @@ def maps(classes=6, absent=(), seed=0):
 
 def scored(dataset, logits, run):
     batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
-    return utils.test_pixels(Answers(logits, 16), batches, len(dataset.classes), run)
+    return utils.evaluate_pixels(Answers(logits, 16), batches, len(dataset.classes), run)
 
 
 @pytest.mark.parametrize("absent", [(), (3,), (1, 5)])
@@ -98,17 +99,34 @@ def test_a_class_that_is_only_guessed_counts_as_nought():
     assert scores.class_accuracy[0] == 50.0 and scores.class_accuracy[1].isnan()
 
 
+@pytest.mark.parametrize(
+    "labels, guesses, sentence",
+    [
+        ([0, 3], [1, 1], "The labels: 1 labels are out of range 0 to 1, 3 for one"),
+        ([0, 1], [1, 3], "Guesses must be classes, 0 to 1"),
+        ([0, 255], [1, -1], None),  # an ignored pixel's guess is nobody's
+    ],
+)
+def test_a_confusion_matrix_has_no_room_for_other_classes(labels, guesses, sentence):
+    refusal = pytest.raises(utils.UsageError, match=sentence) if sentence else nullcontext()
+    with refusal:
+        counts = utils.confusion_matrix(torch.tensor(labels), torch.tensor(guesses), 2)
+        assert counts.tolist() == [[0, 1], [0, 0]]
+
+
 def test_a_model_of_more_classes_than_are_scored_is_refused(run):
     dataset, logits = maps()
     batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
     with pytest.raises(utils.UsageError, match="Answers gives scores for .* are scored"):
-        utils.test_pixels(Answers(logits, 16), batches, logits.shape[1] - 1, run)
+        utils.evaluate_pixels(Answers(logits, 16), batches, logits.shape[1] - 1, run)
 
 
 def test_share_of_correct_pixels_is_the_same_either_way(run):
     dataset, logits = maps()
     batches = utils.Batches(dataset, 16, run, ([0.0] * 3, [1.0] * 3))
-    assert utils.test(Answers(logits, 16), batches, run) == scored(dataset, logits, run).accuracy
+    assert (
+        utils.evaluate(Answers(logits, 16), batches, run) == scored(dataset, logits, run).accuracy
+    )
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -118,8 +136,8 @@ def test_a_model_is_scored_in_the_runs_precision(run, precision):
     model.register_forward_hook(lambda layer, inputs, out: seen.append(out.dtype))
     batches = utils.Batches(dataset, 50, run, ([0.0] * 3, [1.0] * 3))
     reduced = replace(run, precision=precision)
-    utils.test(model, batches, reduced)
-    utils.test_pixels(model, batches, 6, reduced)
+    utils.evaluate(model, batches, reduced)
+    utils.evaluate_pixels(model, batches, 6, reduced)
     utils.predict(model, batches, reduced)
     assert seen == [precision] * 3
 
@@ -130,7 +148,7 @@ def test_share_of_correct_images(run):
     dataset = utils.Dataset("ten", "sample", images, labels, tuple(map(str, range(10))))
     batches = utils.Batches(dataset, 16, run, ([0.0], [1.0]))
     expected = 100 * sklearn.metrics.accuracy_score(labels, logits.argmax(1))
-    assert utils.test(Answers(logits, 16), batches, run) == pytest.approx(expected)
+    assert utils.evaluate(Answers(logits, 16), batches, run) == pytest.approx(expected)
     guesses, probabilities = utils.predict(Answers(logits, 16), batches, run)
     assert torch.equal(guesses, logits.argmax(1))
     torch.testing.assert_close(probabilities, logits.softmax(1).amax(1))

@@ -177,7 +177,7 @@ def test_steps_are_replayed_on_a_gpu_unless_in_float16(monkeypatch, given, preci
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
     named = {"PRECISION": str(precision).removeprefix("torch.")}
     assert utils.settings(environ=named, **given).graphs == replayed
-    monkeypatch.setattr(settings, "world", lambda: 2)
+    monkeypatch.setattr(settings, "world_size", lambda: 2)
     assert not utils.settings(environ=named, **given).graphs
 
 

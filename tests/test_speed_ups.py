@@ -87,7 +87,7 @@ def test_large_batches_score_as_small_ones_do(run, classification, digits):
     batches = utils.Batches(digits[0], 16, run, shuffle=True)
     utils.train(model, torch.optim.AdamW(model.parameters(), 1e-3), batches, batches, 1, run)
     scores = {
-        utils.test(model, utils.Batches(digits[1], size, run), run) for size in (16, 128, 1000)
+        utils.evaluate(model, utils.Batches(digits[1], size, run), run) for size in (16, 128, 1000)
     }
     assert len(scores) == 1 and scores.pop() > 30  # it has learned to tell digits apart
 

@@ -168,7 +168,7 @@ def test_seconds_are_of_training_alone(run, monkeypatch):
         return 50.0
 
     monkeypatch.setattr(utils, "clock", lambda run: now[0])
-    monkeypatch.setattr(utils, "test", slow_test)
+    monkeypatch.setattr(utils, "evaluate", slow_test)
     _, history = fit(run, epochs=2, batches=Slow(toy(), 30, run))
     assert [(e.seconds, e.validation_seconds) for e in history] == [(7, 100)] * 2
 
@@ -180,7 +180,7 @@ def test_it_learns_and_the_history_says_so(run):
     assert history[-1].validation_accuracy > 95
     assert all(e.seconds > 0 and e.validation_seconds > 0 for e in history)
     validation = utils.Batches(toy(90, seed=1), 64, run, toy().statistics())
-    assert utils.test(model, validation, run) == history[-1].validation_accuracy
+    assert utils.evaluate(model, validation, run) == history[-1].validation_accuracy
 
 
 def test_a_torch_dataloader_works_as_well(run):
@@ -230,7 +230,7 @@ def test_a_batch_without_a_label_changes_nothing(run, loss):
     assert results[0] == pytest.approx(results[1]) and all(map(math.isfinite, results[0]))
     empty = utils.Batches(dataset.subset(torch.arange(48, 50)), 24, run)
     with pytest.raises(utils.UsageError, match="There is no label to score"):
-        utils.test_pixels(model, empty, 3, run)
+        utils.evaluate_pixels(model, empty, 3, run)
 
 
 def test_the_report_every_25_iterations(run, monkeypatch):

@@ -69,11 +69,11 @@ def _normed(notebook, run, training, validation) -> dict:
     averages = sum(buffer.double().sum() for buffer in model.buffers())
     everyones = averages.clone()
     utils.add_up(everyones)
-    alike = bool(everyones == utils.world() * averages)
+    alike = bool(everyones == utils.world_size() * averages)
     scores = dict(
         recorded=history[-1].validation_accuracy,
-        score=utils.test(model, validation, run),
-        confusion=utils.test_pixels(model, validation, 10, run).confusion.tolist(),
+        score=utils.evaluate(model, validation, run),
+        confusion=utils.evaluate_pixels(model, validation, 10, run).confusion.tolist(),
     )
     return dict(scores, alike=alike)
 
