@@ -88,7 +88,7 @@ models = {name: SimpleNamespace(model=name) for name in ("first", "second")}
 mnist_model, cifar_model, digits, run = "mnist", "cifar", None, None
 mnist_validation_batches, cifar_validation_batches, validation = "digits", "pictures", "scenes"
 right = {("mnist", "digits"), ("cifar", "pictures"), ("first", "scenes")}
-utils = SimpleNamespace(test=lambda model, data, run: SCORE if (model, data) in right else 99)
+utils = SimpleNamespace(evaluate=lambda model, data, run: SCORE if (model, data) in right else 99)
 """
 
 

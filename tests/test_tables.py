@@ -23,6 +23,7 @@ GIVEN = {  # percentages that no run of ours measured, and what they are
     "20%": "of the training set: the validation set",
     "75%": "an aim: pixels, in 45 minutes on two cores",
     "93.7625%": "the write-up's best score of MNIST, in all its digits",
+    "93.725%": "its final score of MNIST, in all its digits",
     "76.5225%": "its final score of CIFAR-10",
     "99.4%": "an aim: MNIST, in five minutes on two cores",
 }
@@ -145,7 +146,7 @@ def test_the_readme_says_how_much_slower_a_cpu_without_amx_was(on_record):
         images = int(on_record[name]["split"].split()[0])
         epoch = on_record[name]["train_seconds"] / on_record[name]["epochs"]
         slower[name] = f"{images / rate / epoch:.2g} ({name}"
-    said = f"took {slower['mnist']}), {slower['cifar10']}) and {slower['segmentation-1']}, with"
+    said = f"speed, {slower['mnist']}), {slower['cifar10']}) and {slower['segmentation-1']}, with"
     assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
