@@ -355,8 +355,8 @@ def require_finite(
 ) -> None:
     """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite.
 
-    `totals`, float64 (4), are an epoch's sum of losses, correct labels, labels, and finite steps.
     Or if a GradScaler, which leaves steps of gradients that are not finite out, hardly took one.
+    `totals`, float64 (4), are an epoch's sum of losses, correct labels, labels, and finite steps.
     """
     finite = int(totals[3])
     if finite < step:

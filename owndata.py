@@ -64,7 +64,8 @@ def _parts(folder: Path, load: Callable[[Path], Dataset]) -> tuple[Dataset, Data
     training, test = map(load, parts)
     if training.classes != test.classes:
         raise UsageError(
-            f"{folder}: train/ and test/ must have the same classes, as folders or in classes.txt."
+            f"{folder}: train/ and test/ must have the same classes: folders of the same names, or "
+            "for masks a classes.txt."
         )
     return training, test
 
@@ -76,9 +77,12 @@ def load_folder(
 
     Each is squeezed to size x size pixels; without a size they must be of one. Labels are int64
     (N), the places of the folders' names in alphabetical order. What cannot be read is refused, or
-    with `skip_unreadable` named and left out. Raises UsageError.
+    with `skip_unreadable` named and left out; a class's folder has no folder in it. Raises
+    UsageError.
     """
     folder = Path(folder)
+    if not os.path.isdir(folder):
+        raise UsageError(f"{folder} is no folder: it needs a folder of images for each class.")
     classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     inside = [(p, n) for n, c in enumerate(classes) for p in sorted((folder / c).glob("[!.]*"))]
     found = [(path, n) for path, n in inside if path.suffix.lower() in IMG_EXTENSIONS]

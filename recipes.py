@@ -170,9 +170,9 @@ def linear_decay(
 
 
 def progressive_sizes(epochs: int) -> list[int]:
-    """Sides of images for epochs 1, 2 .., in pixels: up to 32, of three epochs and more from 20.
+    """Sides of images for epochs 1, 2 .., in pixels: from 20, of three epochs or more, to 32.
 
-    A third of them, rounded down, is 20.
+    A third of the epochs, rounded down, are at 20.
     """
     sides = 20, 20, 24, 24, 28, 32
     return [sides[(len(sides) * epoch - 1) // epochs] for epoch in range(1, epochs + 1)]

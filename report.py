@@ -205,8 +205,8 @@ def keep(
     except OSError as error:
         raise UsageError(
             f"The record of {name}, or its figure, cannot be written to {folder} "
-            f"({reason(error)}): see to it and "
-            "run this again (what a short or full run has trained is in its checkpoint)."
+            f"({reason(error)}): see to it and run this again (what a short or full run has "
+            "trained is in its checkpoint)."
         ) from None
 
 

@@ -62,10 +62,10 @@ class Dataset:
     """Images uint8 (N, C, H, W), and labels uint8 or int64: (N), or maps (N, H, W); in memory.
 
     A label is an index into `classes`, or IGNORE, 255, for what is neither learned nor scored.
-    `source` says what kind of copy it is: "own" for data of yours, "sample" for a stand-in; any
-    other name passes for the published data, whose scores are set beside the write-up's. `groups`
-    int64 (N) holds one number for all the images that share pixels, which `split` keeps together.
-    Raises UsageError for what is not so.
+    `source` says what kind of copy it is: "own" for data of yours, "sample" for a stand-in,
+    NOT_PUBLISHED for other data in MNIST's files; any other passes for the published data, whose
+    scores are set beside the write-up's. `groups` int64 (N) holds one number for all the images
+    that share pixels, which `split` keeps together. Raises UsageError for anything else.
     """
 
     name: str
@@ -343,9 +343,9 @@ class Batches:
         self.pixels, self.labels = dataset.on(run.device)
         self.mean, self.std = statistics or dataset.statistics()
         channels = dataset.images.shape[1]
-        if not len(self.mean) == len(self.std) == channels:
-            counts = f"{len(self.mean)} and {len(self.std)}, where images have {channels} channels"
-            raise UsageError(f"{dataset.name}: statistics are {counts}: one of each a channel.")
+        if not np.shape(self.mean) == np.shape(self.std) == (channels,):
+            each = f"a mean and a standard deviation of each channel: {channels} of both"
+            raise UsageError(f"{dataset.name}: statistics must be {each}.")
         mean = torch.tensor(self.mean)
         std = torch.tensor(self.std).clamp(min=1 / 255)  # of even images, too
         image = self.pixels.new_ones(self.pixels.shape[1:], dtype=torch.float32)
@@ -586,8 +586,11 @@ def check_loss(loss_function: Callable) -> None:
     """Refuse a loss that takes no `ignore_index` when it is called, as nn.CrossEntropyLoss()."""
     try:
         signature = inspect.signature(getattr(loss_function, "forward", loss_function))
+    except ValueError:  # what is compiled cannot be looked into
+        return
+    try:
         signature.bind(None, None, ignore_index=IGNORE)
-    except (TypeError, ValueError):
+    except TypeError:
         takes = "(logits, labels, ignore_index), as nn.functional.cross_entropy does"
         raise UsageError(f"loss_function must take {takes}: {loss_function} does not.") from None
 

@@ -306,8 +306,9 @@ def test_an_empty_data_set_is_refused():
 
 
 def test_statistics_are_one_for_each_channel(run):
-    with pytest.raises(utils.UsageError, match="toy: statistics are 1 and 1, where images have 3"):
-        utils.Batches(toy(), 5, run, ([0.5], [0.2]))
+    for given in (([0.5], [0.2]), (0.5, 0.2)):
+        with pytest.raises(utils.UsageError, match="toy: statistics must be .* channel: 3 of both"):
+            utils.Batches(toy(), 5, run, given)
 
 
 def test_backgrounds_are_in_colour_and_have_a_class():

@@ -113,7 +113,7 @@ def test_pictures_are_resized_and_split(tmp_path):
     parts = owndata.load_pictures(tmp_path / "parts", size=32)
     assert [len(part) for part in parts] == [12, 12]
     (tmp_path / "parts" / "test" / "c").rename(tmp_path / "parts" / "test" / "d")
-    with pytest.raises(utils.UsageError, match="must have the same classes, as folders"):
+    with pytest.raises(utils.UsageError, match="must have the same classes: folders"):
         owndata.load_pictures(tmp_path / "parts", size=32)
 
 
@@ -205,6 +205,12 @@ def test_scenes_in_train_and_test(tmp_path):
     training, test = owndata.load_scenes(tmp_path, size=24)
     assert (len(training), len(test)) == (6, 3)
     assert training.classes == test.classes == tuple(ROADS)
+    names.unlink()
+    for path in (tmp_path / "test" / "masks").iterdir():  # whose highest class is another
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 11, 0, mask)).save(path)
+    with pytest.raises(utils.UsageError, match="or for masks a classes.txt"):
+        owndata.load_scenes(tmp_path, size=24)
 
 
 def test_pictures_a_folder_too_deep_are_no_class(tmp_path):
