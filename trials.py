@@ -39,6 +39,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "starts": "Segmentation: the ladder, with residual paths that start at zero",
     "scenes": "Segmentation: the same scenes every epoch, or new ones",
     "strokes": "Segmentation: what the loss does for thin strokes",
+    "skips": "Segmentation: what the encoder's features are worth to `SkipNet`'s decoder",
 }
 asked: set[str] | None = None  # those that `python trials.py` answers now
 
