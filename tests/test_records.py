@@ -107,7 +107,9 @@ def test_results_that_cannot_be_read_or_written_get_a_sentence(recorded, tmp_pat
     with pytest.raises(utils.UsageError, match="results.json cannot be read"):
         report.save_record(recorded, file.parent)
     file.unlink()
-    with pytest.raises(utils.UsageError, match="The record of mnist, or its figure, cannot be written"):
+    with pytest.raises(
+        utils.UsageError, match="The record of mnist, or its figure, cannot be written"
+    ):
         report.save_record(recorded, tmp_path / "figures" / "quick" / "mnist.png")
 
     def full_disk(*arguments, **options):
