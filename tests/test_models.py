@@ -101,6 +101,18 @@ def test_width_scales_every_model(classification, segmentation):
         assert report.parameters(small) < report.parameters(full) / 40
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_decoder_without_skips_is_handed_zeros(segmentation, skips):
+    model, handed = segmentation.SkipNet(4, skips=skips).eval(), []
+    for join in model.join:
+        join.register_forward_pre_hook(lambda layer, inputs: handed.append(inputs[0]))
+    model(torch.randn(2, 3, 32, 32))
+    for both in handed:  # what came up from coarser maps, then what the encoder saw
+        up, fine = both.chunk(2, dim=1)
+        assert up.any() and bool(fine.any()) == skips
+    assert [both.shape[1:] for both in handed] == [(32, 8, 8), (16, 16, 16), (8, 32, 32)]
+
+
 def test_multiply_adds_are_those_of_the_layers():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 36, 5))
     assert report.multiply_adds(model, (3, 6, 6)) == 36 * 9 * 3 * 8 + 8 * 36 * 5
