@@ -94,11 +94,11 @@ def test_a_notebook_runs_from_start_to_end_in_jupyterlab(name, browser, server, 
     dialog = page.locator(".jp-Dialog .jp-mod-accept").first
     queued = page.locator(".jp-InputPrompt", has_text="[*]").first
     for _ in range(5):  # a click that comes before the page has found its kernel is lost
-        if dialog.is_visible():  # or asks for one
-            dialog.click()
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         with contextlib.suppress(sync_api.TimeoutError):
+            if dialog.is_visible():  # or asks for one, which may come late
+                dialog.click()
+            for item in ("Run", "Run All Cells"):
+                page.get_by_role("menuitem", name=item, exact=True).click(timeout=10_000)
             queued.wait_for(timeout=10_000)
             break
     idle, since = 0, time.monotonic()
