@@ -237,6 +237,11 @@ def unpack(archive: Path) -> None:
     try:
         partial.mkdir(parents=True)
         if archive.name.endswith(".tar.gz"):
+            if not hasattr(tarfile, "data_filter"):
+                raise UsageError(
+                    f"Python before 3.11.4 does not unpack safely: do it with tar -xzf {archive} "
+                    f"-C {archive.parent}."
+                )
             with tarfile.open(archive) as tar:
                 tar.extractall(partial, filter="data")
         else:

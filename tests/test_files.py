@@ -306,6 +306,13 @@ def test_a_full_disk_while_unpacking(servers, tmp_path, tally, monkeypatch):
 # ---- archives
 
 
+def test_an_older_python_says_how_to_unpack(tmp_path, monkeypatch):
+    monkeypatch.delattr(files.tarfile, "data_filter")
+    with pytest.raises(utils.UsageError, match="Python before 3.11.4 .* tar -xzf .*tar.gz -C /"):
+        files.unpack(tmp_path / "cifar-10-python.tar.gz")
+    assert not (tmp_path / ".partial" / "unpacking").exists()
+
+
 @pytest.mark.parametrize("name", ["../escaped", "a/../../escaped", "../../escaped"])
 def test_an_archive_whose_paths_leave_its_folder_is_refused(name, tmp_path, tally):
     archive = tmp_path / "inner" / "bad.tar.gz"
