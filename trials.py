@@ -30,10 +30,12 @@ import settings
 import utils
 from files import UsageError
 
-QUESTIONS = {  # all that the notebooks ask, in words
+CLASSIFICATION = {  # what a notebook asks, in words
     "mnist": "MNIST: batch, width, a ResBlock, the learning rate",
     "cifar10": "CIFAR-10: where the convolutions are, and the batch",
     "cifar10-ideas": "CIFAR-10: what each idea of `FastNet` is worth",
+}
+SEGMENTATION = {
     "segmentation": "Segmentation: what each rung of the ladder is worth, and `SkipNet`",
     "ladder": "Segmentation: the ladder alone, with more epochs",
     "starts": "Segmentation: the ladder, with residual paths that start at zero",
@@ -41,6 +43,7 @@ QUESTIONS = {  # all that the notebooks ask, in words
     "strokes": "Segmentation: what the loss does for thin strokes",
     "skips": "Segmentation: what the encoder's features are worth to `SkipNet`'s decoder",
 }
+QUESTIONS = CLASSIFICATION | SEGMENTATION
 asked: set[str] | None = None  # those that `python trials.py` answers now
 
 
@@ -224,7 +227,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def main() -> None:
-    """Run the cells of both notebooks that the questions need, in the full profile."""
+    """Run the notebooks' cells that the chosen questions need, in the full profile."""
     import trials  # what the notebooks know by this name, which is not __main__
 
     chosen = set(sys.argv[1:])
@@ -234,8 +237,10 @@ def main() -> None:
     if os.environ.get("PROFILE") != "quick":
         os.environ["PROFILE"] = "full"
     matplotlib.use("agg")
-    for notebook in ("imageclassification.ipynb", "imagesegmentation.ipynb"):
-        report.notebook_definitions(notebook, {"definition", "trials"})
+    if trials.asked & set(CLASSIFICATION):
+        report.notebook_definitions("imageclassification.ipynb", {"definition", "trials"})
+    if trials.asked & set(SEGMENTATION):
+        report.notebook_definitions("imagesegmentation.ipynb", {"definition", "trials"})
 
 
 if __name__ == "__main__":

@@ -723,9 +723,11 @@ def test_trials_asks_the_full_data(profile, then, monkeypatch):
     monkeypatch.setenv("PROFILE", profile)
     monkeypatch.setattr(sys, "argv", ["trials.py", "mnist"])
     monkeypatch.setattr(trials, "asked", None)
-    monkeypatch.setattr(report, "notebook_definitions", lambda *_: None)
+    read = []  # the other notebook's data is not
+    monkeypatch.setattr(report, "notebook_definitions", lambda notebook, _: read.append(notebook))
     trials.main()
     assert os.environ["PROFILE"] == then and trials.asked == {"mnist"}
+    assert read == ["imageclassification.ipynb"]
 
 
 def test_the_notebooks_ask_every_question_when_trials_runs_them(monkeypatch):
