@@ -258,9 +258,10 @@ class Warped(Batches):
 class Composed(Batches):
     """`Batches` of MNIST-on-CIFAR-10 whose scenes are made anew in every epoch.
 
-    `layers` are the (digits, backgrounds) of the scenes, see `utils.load_layers`. A background is
-    flipped and moved as `Batches` does, and gets another of the digits, which are never mirrored,
-    in another colour at another place. The rest is as in `utils.compose_scenes`.
+    Of their `layers`: a background is flipped and moved as `Batches` does, and gets another of the
+    digits, which are never mirrored, in another colour at another place. The rest is as in
+    `utils.compose_scenes`. Raises UsageError for scenes without layers, and for backgrounds that
+    are not square, or wider than the digits by an odd number of pixels.
     """
 
     def __init__(
@@ -269,18 +270,19 @@ class Composed(Batches):
         batch_size: int,
         run: Settings,
         statistics: tuple[Sequence[float], Sequence[float]] | None = None,
-        *,
-        layers: Sequence[Dataset],
         **options,
     ):
         super().__init__(scenes, batch_size, run, statistics, **options)
-        digits, backgrounds = layers
-        if not len(scenes) == len(backgrounds) == len(digits):
-            counts = f"{len(scenes)}, {len(backgrounds)} and {len(digits)}"
-            raise UsageError(f"As many scenes, backgrounds and digits are needed, not {counts}.")
+        if scenes.layers is None:
+            raise UsageError(f"{scenes.name}: scenes without layers can't be made anew.")
+        digits, backgrounds = scenes.layers
         self.numbers = len(digits.classes)
         self.backgrounds = Batches(backgrounds, batch_size, run, ([0.0] * 3, [1.0] * 3), **options)
-        margin = (backgrounds.images.shape[-1] - digits.images.shape[-1]) // 2
+        height, width = backgrounds.images.shape[2:]
+        margin, odd = divmod(width - digits.images.shape[-1], 2)
+        if odd or height != width:
+            wider = "square, and wider than digits by an even number of pixels"
+            raise UsageError(f"{backgrounds.name}: backgrounds must be {wider}.")
         border = (margin + 1,) * 4  # a pixel more, lest reflection reaches a digit's edge
         ink = replace(digits, images=F.pad(digits.images, border))
         self.ink = Batches(ink, batch_size, run, ([0.0], [1.0]), shuffle=True, shift=margin)

@@ -65,7 +65,8 @@ class Dataset:
     `source` says what kind of copy it is: "own" for data of yours, "sample" for a stand-in,
     NOT_PUBLISHED for other data in MNIST's files; any other passes for the published data, whose
     scores are set beside the write-up's. `groups` int64 (N) holds one number for all the images
-    that share pixels, which `split` keeps together. Raises UsageError for anything else.
+    that share pixels, which `split` keeps together. `layers` are what scenes were composed of, for
+    each a digit and a background: see `compose_scenes`. Raises UsageError for anything else.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Dataset:
     labels: Tensor
     classes: tuple[str, ...]
     groups: Tensor | None = None
+    layers: tuple[Dataset, Dataset] | None = None
     _copies: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -100,6 +102,8 @@ class Dataset:
         require_labels(self.labels, len(self.classes), self.name)
         if self.groups is not None and len(self.groups) != len(self.images):
             refuse(f"groups must be one per image, not {len(self.groups)} for {len(self.images)}")
+        if self.layers is not None and {len(part) for part in self.layers} != {len(self.images)}:
+            refuse("layers must be a digit and a background for each image")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -121,7 +125,9 @@ class Dataset:
     def subset(self, index: Tensor) -> Dataset:
         """The examples at `index`, int64 (M), or where it, bool (N), is true."""
         groups = None if self.groups is None else self.groups[index]
-        return replace(self, images=self.images[index], labels=self.labels[index], groups=groups)
+        layers = self.layers and tuple(part.subset(index) for part in self.layers)
+        images, labels = self.images[index], self.labels[index]
+        return replace(self, images=images, labels=labels, groups=groups, layers=layers)
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, on the scale 0 to 1."""
@@ -236,23 +242,14 @@ def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
     return tuple(compose_scenes(*part, seed) for seed, part in enumerate(parts))
 
 
-def load_layers(run: Settings) -> tuple[Dataset, Dataset]:
-    """What `load_scenes` makes its training scenes of: (digits, backgrounds), one of each a scene.
-
-    They are in the scenes' order and groups, so `split` deals all three out alike.
-    """
-    digits, backgrounds = load_mnist(run.digits)[0], load_cifar10(run)[0]
-    # seed 0 is the training scenes', and dealing digits is the first that compose_scenes draws
-    return deal_digits(digits, backgrounds, generator(0)), backgrounds
-
-
 def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     """One scene per background: a digit in a random colour at a random place, blended over it.
 
     Of ten digits (M, 1, S, S) and N backgrounds in colour, images (N, 3, H, W) and label maps
     uint8 (N, H, W): a pixel is its digit (0 to 9) where the ink is over one half, else its
-    background (10 and up). No digit is used twice while there are as many as backgrounds. Raises
-    UsageError for other layers.
+    background (10 and up). No digit is used twice while there are as many as backgrounds. The
+    scenes' `layers` are these digits, in the order in which they were dealt, and the backgrounds.
+    Raises UsageError for others.
     """
     if backgrounds.images.shape[1] != 3 or (backgrounds.labels == IGNORE).any():
         raise UsageError(f"{backgrounds.name}: backgrounds must be in colour, each with a class.")
@@ -261,7 +258,8 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     side = digits.images.shape[-1]
     if min(height, width) < side:
         raise UsageError(f"A background of {width}x{height} is too small for digits of {side}.")
-    digits = deal_digits(digits, backgrounds, draws)
+    rounds = math.ceil(n / len(digits))
+    digits = digits.subset(torch.randperm(len(digits), generator=draws).repeat(rounds)[:n])
     top = torch.randint(height - side + 1, (n,), generator=draws)
     left = torch.randint(width - side + 1, (n,), generator=draws)
     colour = torch.randint(256, (n, 3, 1, 1), generator=draws, dtype=torch.uint8)
@@ -282,14 +280,8 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     # MNIST itself comes in one kind only
     source = NOT_PUBLISHED if digits.source == NOT_PUBLISHED else backgrounds.source
     name = f"MNIST-on-{backgrounds.name if source == 'own' else 'CIFAR-10'}"
-    return Dataset(name, source, images, labels, classes, backgrounds.groups)
-
-
-def deal_digits(digits: Dataset, backgrounds: Dataset, draws: torch.Generator) -> Dataset:
-    """A digit for each background, in an order that is drawn, and in the backgrounds' groups."""
-    n = len(backgrounds)
-    order = torch.randperm(len(digits), generator=draws).repeat(math.ceil(n / len(digits)))[:n]
-    return replace(digits.subset(order), groups=backgrounds.groups)
+    layers = digits, backgrounds
+    return Dataset(name, source, images, labels, classes, backgrounds.groups, layers)
 
 
 def generator(*seeds: int) -> torch.Generator:

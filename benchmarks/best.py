@@ -115,7 +115,7 @@ def segmentation_best(run: settings.Settings, seed: int) -> dict:
     models = report.notebook_definitions("imagesegmentation.ipynb")
     training, test = utils.load_scenes(run)
     facts = training.statistics()
-    options = dict(layers=utils.load_layers(run), shuffle=True, flip=True, shift=2, seed=seed)
+    options = dict(shuffle=True, flip=True, shift=2, seed=seed)
     batches = recipes.Composed(training, 125, run, facts, **options)
     torch.manual_seed(seed)
     epochs = run.epochs(full=models.SKIP_EPOCHS, quick=1)

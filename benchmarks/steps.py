@@ -73,24 +73,21 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def noise(count: int, shape: tuple[int, ...], classes: int, pixels: bool = False) -> utils.Dataset:
-    """Random images uint8 (count, *shape) with random labels, one each or one a pixel."""
+def noise(count: int, shape: tuple[int, ...], pixels: bool = False) -> utils.Dataset:
+    """Random images uint8 (count, *shape), of ten classes; or scenes made of such, with pixels'."""
     draws = utils.generator(0)
     images = torch.randint(256, (count, *shape), generator=draws, dtype=torch.uint8)
-    labels = torch.randint(classes, (count, *(shape[1:] if pixels else ())), generator=draws)
-    labels = labels.to(torch.uint8) if pixels else labels
-    return utils.Dataset("noise", "sample", images, labels, tuple(map(str, range(classes))))
+    labels = torch.randint(10, (count,), generator=draws)
+    data = utils.Dataset("noise", "sample", images, labels, utils.DIGITS)
+    return utils.compose_scenes(noise(count, (1, 28, 28)), data, seed=0) if pixels else data
 
 
 def measure(case: Case, run: settings.Settings) -> float:
     """Seconds of a training step."""
-    data = noise(case.batch_size * case.steps, case.shape, 20 if case.pixels else 10, case.pixels)
-    options = dict(case.options)
-    if case.batches is recipes.Composed:
-        options["layers"] = [noise(len(data), s, 10) for s in ((1, 28, 28), case.shape)]
+    data = noise(case.batch_size * case.steps, case.shape, case.pixels)
     torch.manual_seed(0)
     model = case.make().to(run.device, memory_format=torch.channels_last)
-    batches = case.batches(data, case.batch_size, run, shuffle=True, **options)
+    batches = case.batches(data, case.batch_size, run, shuffle=True, **case.options)
     if case.muon:
         optimizer = recipes.Muon(model, 0.05)
     else:

@@ -10,7 +10,6 @@ import types
 import pytest
 import torch
 
-import recipes
 import report
 import tables
 import utils
@@ -160,7 +159,7 @@ def test_the_peer_whitens_by_images_of_all_classes(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist-best", "cifar10-94", "segmentation-best"])
 def test_the_best_models_are_trained_and_scored(name, run, monkeypatch):
-    for load in ("load_mnist", "load_cifar10", "load_scenes", "load_layers"):
+    for load in ("load_mnist", "load_cifar10", "load_scenes"):
         parts = getattr(utils, load)(run)
         parts = [part.subset(torch.arange(min(500, len(part)))) for part in parts]
         monkeypatch.setattr(utils, load, lambda run, parts=parts: parts)
@@ -250,11 +249,8 @@ def test_every_model_has_its_steps():
 def test_steps_are_those_of_the_runs_on_record(run, on_record):
     for name, case in steps.cases().items():
         record = on_record[name]
-        data = steps.noise(2, case.shape, 20 if case.pixels else 10, case.pixels)
-        options = dict(case.options)
-        if case.batches is recipes.Composed:
-            options["layers"] = [steps.noise(2, shape, 10) for shape in ((1, 28, 28), case.shape)]
-        batches = case.batches(data, case.batch_size, run, **options)
+        data = steps.noise(2, case.shape, case.pixels)
+        batches = case.batches(data, case.batch_size, run, **case.options)
         done = without_sizes(batches.augmentation)
         assert done == without_sizes(record["augmentation"]), name
         assert case.batch_size == record["batch_size"], name

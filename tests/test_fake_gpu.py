@@ -52,13 +52,16 @@ def step(model, optimizer, images, labels, loss_function, totals):
     return loss
 
 
+@pytest.fixture
+def noise(name):
+    """A batch and a half for a case: made before the mode, for scenes are made by their values."""
+    case = CASES[name]
+    return steps.noise(3 * case.batch_size // 2, case.shape, case.pixels)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_stays_on_the_device(name, fake):
-    case, count = CASES[name], 20 if CASES[name].pixels else 10
-    data = steps.noise(3 * case.batch_size // 2, case.shape, count, case.pixels)
-    options = dict(case.options)
-    if case.batches is recipes.Composed:
-        options["layers"] = [steps.noise(len(data), s, 10) for s in ((1, 28, 28), case.shape)]
+def test_a_step_stays_on_the_device(name, noise, fake):
+    case = CASES[name]
     with GPU:
         model = case.make().train()
     if case.muon:
@@ -66,7 +69,7 @@ def test_a_step_stays_on_the_device(name, fake):
     else:  # the notebooks' is fused, which torch can't fake
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     statistics = [[0.5] * case.shape[0], [0.25] * case.shape[0]]
-    batches = case.batches(data, case.batch_size, fake, statistics, shuffle=True, **options)
+    batches = case.batches(noise, case.batch_size, fake, statistics, shuffle=True, **case.options)
     schedule = recipes.linear_decay(optimizer, batches, 1)
     assert graphs.replayable(optimizer, schedule)
     graphs.settle(optimizer, replayed=True)

@@ -172,8 +172,8 @@ def test_muon_goes_on_from_its_state_to_the_same_bits(classification):
 
 
 @pytest.fixture
-def layers():
-    """(scenes, (digits, backgrounds)) of them: background n is of the grey level n all over."""
+def scenes():
+    """Of bars, each of its own length, on backgrounds; number n is of the grey level n all over."""
     levels = torch.arange(40, dtype=torch.uint8)
     images = levels[:, None, None, None].repeat(1, 3, 32, 32)
     backgrounds = utils.Dataset("greys", "sample", images, torch.arange(40) % 10, utils.DIGITS)
@@ -182,13 +182,12 @@ def layers():
         ink[number, 0, 4, 4 : 10 + number // 4] = 255
         ink[number, 0, 5 : 6 + number % 4, 4] = 255
     digits = utils.Dataset("bars", "sample", ink, torch.arange(60) % 10, utils.DIGITS)
-    dealt = utils.deal_digits(digits, backgrounds, utils.generator(3))
-    return utils.compose_scenes(digits, backgrounds, seed=3), (dealt, backgrounds)
+    return utils.compose_scenes(digits, backgrounds, seed=3)
 
 
-def bars(batches, layers):
+def bars(batches):
     """[(background, digit, top, left, colour)] of every scene, whose label map is checked."""
-    digits, backgrounds = layers
+    digits, backgrounds = batches.dataset.layers
     found, shapes = [], {}
     for number, ink in enumerate(digits.images[:, 0] > 127):
         shapes[tuple(ink.nonzero()[0].tolist()), bars_key(ink)] = number
@@ -213,8 +212,8 @@ def bars_key(ink):
     return int(ink[y].sum()), int(ink[:, x].sum())
 
 
-def test_digits_are_dealt_as_scenes_use_them(layers):
-    scenes, (digits, _) = layers
+def test_the_layers_are_in_the_order_of_the_scenes(scenes):
+    digits, _ = scenes.layers
     assert len(digits) == len(scenes) == 40
     for labels, ink, number in zip(scenes.labels, digits.images, digits.labels, strict=True):
         assert bars_key(labels < 10) == bars_key(ink[0] > 127)
@@ -223,8 +222,8 @@ def test_digits_are_dealt_as_scenes_use_them(layers):
 
 def test_the_layers_are_those_that_the_scenes_are_made_of(run):
     """Also after the split: no digit or background of the validation scenes is trained on."""
-    parts = utils.load_scenes(run)[0], *utils.load_layers(run)
-    scenes, digits, backgrounds = (utils.split(part, 0.2, seed=0)[0] for part in parts)
+    scenes = utils.split(utils.load_scenes(run)[0], 0.2, seed=0)[0]
+    digits, backgrounds = scenes.layers
     labels, ink = scenes.labels.flatten(1).long(), digits.images[:, 0] > 127
     assert torch.equal(labels.amin(1), digits.labels)
     assert torch.equal((labels < 10).sum(1), ink.sum((1, 2)))
@@ -233,14 +232,13 @@ def test_the_layers_are_those_that_the_scenes_are_made_of(run):
     assert untouched.min() > 0.3
 
 
-def test_composed_scenes_are_new_in_every_epoch_and_repeatable(layers, run):
-    scenes, layers = layers
-    batches = recipes.Composed(scenes, 7, run, layers=layers, shuffle=True, flip=True, shift=2)
+def test_composed_scenes_are_new_in_every_epoch_and_repeatable(scenes, run):
+    batches = recipes.Composed(scenes, 7, run, shuffle=True, flip=True, shift=2)
     assert [len(labels) for _, labels in batches] == [7] * 5 + [5]
     batches.set_epoch(1)
-    first, again = bars(batches, layers), bars(batches, layers)
+    first, again = bars(batches), bars(batches)
     batches.set_epoch(2)
-    second = bars(batches, layers)
+    second = bars(batches)
     assert first == again
     for epoch in (first, second):  # all of them, each once
         assert sorted(scene[0] for scene in epoch) == sorted(scene[1] for scene in epoch)
@@ -252,26 +250,26 @@ def test_composed_scenes_are_new_in_every_epoch_and_repeatable(layers, run):
     assert len(pairs) < 10
     batches.set_epoch(1)
     batches.seed = 1
-    assert bars(batches, layers) != first
+    assert bars(batches) != first
 
 
-def test_composed_backgrounds_are_flipped_and_moved_as_in_plain_batches(layers, run, pictures):
-    scenes, (digits, _) = layers
-    no_ink, levels = replace(digits, images=torch.zeros_like(digits.images)), ([0.0] * 3, [1.0] * 3)
+def test_composed_backgrounds_are_flipped_and_moved_as_in_plain_batches(scenes, run, pictures):
+    digits, levels = scenes.layers[0], ([0.0] * 3, [1.0] * 3)
+    no_ink = replace(digits, images=torch.zeros_like(digits.images))
+    scenes = replace(scenes, layers=(no_ink, pictures))
     options = dict(shuffle=True, flip=True, shift=2, seed=5)
-    composed = recipes.Composed(scenes, 7, run, levels, layers=(no_ink, pictures), **options)
+    composed = recipes.Composed(scenes, 7, run, levels, **options)
     plain = utils.Batches(pictures, 7, run, levels, **options)
     for (images, _), (same, _) in zip(composed, plain, strict=True):
         torch.testing.assert_close(images, same)
 
 
-def test_a_digit_at_the_edge_of_its_image_is_whole_and_there_once(layers, run):
-    scenes, (digits, backgrounds) = layers
+def test_a_digit_at_the_edge_of_its_image_is_whole_and_there_once(scenes, run):
+    digits, backgrounds = scenes.layers
     ink = torch.zeros_like(digits.images)
     ink[:, :, -1], ink[:, :, :, 0] = 255, 255
-    digits = replace(digits, images=ink)
-    composed = recipes.Composed(scenes, 40, run, layers=(digits, backgrounds), shuffle=True)
-    _, maps = next(iter(composed))
+    scenes = replace(scenes, layers=(replace(digits, images=ink), backgrounds))
+    _, maps = next(iter(recipes.Composed(scenes, 40, run, shuffle=True)))
     assert ((maps < 10).sum((1, 2)) == 55).all()
     assert ((maps < 10).sum(2).amax(1) == 28).all() and ((maps < 10).sum(1).amax(1) == 28).all()
 
@@ -279,7 +277,7 @@ def test_a_digit_at_the_edge_of_its_image_is_whole_and_there_once(layers, run):
 def test_composed_scenes_look_like_the_scenes(run):
     """On the sample: the same share of inked pixels, and the same brightness."""
     scenes = utils.load_scenes(run)[0]
-    composed = recipes.Composed(scenes, 500, run, layers=utils.load_layers(run))
+    composed = recipes.Composed(scenes, 500, run)
     images, labels = (torch.cat(part) for part in zip(*composed, strict=True))
     fixed = torch.cat([images for images, _ in utils.Batches(scenes, 500, run)])
     ink, fixed_ink = ((x < 10).float().mean() for x in (labels, scenes.labels))
@@ -288,27 +286,31 @@ def test_composed_scenes_look_like_the_scenes(run):
     assert (images.std((0, 2, 3)) - fixed.std((0, 2, 3))).abs().max() < 0.02
 
 
-def test_a_checkpoint_knows_what_scenes_are_composed_of(layers, run):
-    scenes, (digits, backgrounds) = layers
+def test_a_checkpoint_knows_what_scenes_are_composed_of(scenes, run):
+    digits, backgrounds = scenes.layers
     brighter = replace(backgrounds, images=backgrounds.images.clamp(min=9))
     others = digits.subset(torch.arange(39, -1, -1))
     same = digits, backgrounds
     given = same, same, (digits, brighter), (others, backgrounds)
-    texts = [str(recipes.Composed(scenes, 7, run, layers=parts)) for parts in given]
+    texts = [str(recipes.Composed(replace(scenes, layers=both), 7, run)) for both in given]
     assert texts[0] == texts[1] and len(set(texts)) == 3
 
 
-def test_composed_scenes_need_layers_of_one_length(layers, run):
-    scenes, (digits, backgrounds) = layers
-    few = digits.subset(torch.arange(39))
-    with pytest.raises(utils.UsageError, match="needed, not 40, 40 and 39"):
-        recipes.Composed(scenes, 7, run, layers=(few, backgrounds))
+def test_composed_scenes_need_layers_that_fit(scenes, run):
+    digits, backgrounds = scenes.layers
+    with pytest.raises(utils.UsageError, match="layers must be a digit and a background for each"):
+        replace(scenes, layers=(digits.subset(torch.arange(39)), backgrounds))
+    with pytest.raises(utils.UsageError, match="greys: scenes without layers can't be made anew"):
+        recipes.Composed(backgrounds, 7, run)
+    odd = replace(digits, images=digits.images[..., 1:, 1:])
+    with pytest.raises(utils.UsageError, match="backgrounds must be square, and wider .* even"):
+        recipes.Composed(replace(scenes, layers=(odd, backgrounds)), 7, run)
 
 
-def test_composed_scenes_take_statistics_as_plain_batches_do(layers, run):
+def test_composed_scenes_take_statistics_as_plain_batches_do(scenes, run):
     given = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    by_name = recipes.Composed(layers[0], 7, run, statistics=given, layers=layers[1])
-    by_place = recipes.Composed(layers[0], 7, run, given, layers=layers[1])
+    by_name = recipes.Composed(scenes, 7, run, statistics=given)
+    by_place = recipes.Composed(scenes, 7, run, given)
     assert (by_name.mean, by_name.std) == (by_place.mean, by_place.std) == given
 
 
@@ -407,13 +409,13 @@ def test_warped_batches_without_a_warp_are_plain_ones(run, pictures):
         assert torch.equal(labels, known)
 
 
-def test_only_square_images_with_one_label_are_warped_or_resized(run, layers, pictures):
+def test_only_square_images_with_one_label_are_warped_or_resized(run, scenes, pictures):
     wide = replace(pictures, images=pictures.images[:, :, :16])
     warp = dict(degrees=10, stretch=0.1, move=2)
-    for data in (wide, layers[0]):
+    for data in (wide, scenes):
         with pytest.raises(utils.UsageError, match="only square images with one label are warped"):
             recipes.Warped(data, 10, run, **warp)
-    for data, sizes in ((layers[0], [20]), (pictures, [])):
+    for data, sizes in ((scenes, [20]), (pictures, [])):
         with pytest.raises(utils.UsageError, match="give a size, and images with one label each"):
             recipes.Resized(data, 10, run, sizes=sizes)
 
