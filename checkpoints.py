@@ -242,15 +242,15 @@ _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "decouple
 def _describe(value) -> str:
     """A setting as text: a function by its name and constants, a DataLoader by what it yields."""
     if isinstance(value, torch.utils.data.DataLoader):
-        draws = Draws(value)
-        kept = draws.state_dict()
+        state = RandomState(value)
+        kept = state.state_dict()
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
-        for generator in draws.generators:  # from where it began, wherever it is now
+        for generator in state.generators:  # from where it began, wherever it is now
             generator.manual_seed(generator.initial_seed())
         images, labels = (part.cpu().contiguous().numpy() for part in next(iter(value)))
-        draws.load_state_dict(kept)
+        state.load_state_dict(kept)
         digest = sha256(images)
         digest.update(labels)
         kinds = type(value.sampler).__name__, type(value.dataset).__name__
@@ -317,7 +317,7 @@ def _answer(model: nn.Module, images: Tensor) -> Tensor:
         return model(images.to(device).float()).float().cpu()
 
 
-class Draws:
+class RandomState:
     """The state of every generator that training may draw from, a DataLoader's own among them."""
 
     def __init__(self, batches=None):
@@ -355,7 +355,7 @@ def require_finite(
 ) -> None:
     """Raise FloatingPointError if the loss up to a step, or the model's state, is not finite.
 
-    Or if a GradScaler, which leaves steps of gradients that are not finite out, hardly took one.
+    Or if the scale of a GradScaler has fallen so far that it left nearly every step out.
     `totals`, float64 (4), are an epoch's sum of losses, correct labels, labels, and finite steps.
     """
     finite = int(totals[3])
@@ -372,12 +372,13 @@ def require_finite(
 
 @contextlib.contextmanager
 def guarded(history: History, optimizer, batches, checkpoint: Checkpoint | None, step):
-    """What training runs in: whatever stops it, a plain sentence, and nothing is lost.
+    """The context of the training loop: whatever stops it ends in a sentence, and nothing is lost.
 
-    Ctrl-C ends it without an error, with model and history as they were after the last epoch that
-    has a checkpoint (where none has, the weights keep what was begun); what it yields is true from
-    then on. Out of memory and a loss that is not finite become a UsageError. The recordings of a
-    `step` (graphs.CapturedStep) are let go of: a traceback would keep them, and their memory.
+    Ctrl-C raises nothing: `history.stopped` is set, and model and history are as after the last
+    epoch that has a checkpoint (where none has, the weights keep what was begun). Yields a list,
+    which is not empty once Ctrl-C was pressed. Out of memory and a loss that is not finite become a
+    UsageError. The recordings of a `step` (graphs.CapturedStep) are let go of: a traceback would
+    keep them, and their memory.
     """
     problem, pressed, chain = None, [], signal.getsignal(signal.SIGINT)
 

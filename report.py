@@ -127,7 +127,6 @@ def record_run(
     validation: Batches,
     history: History,
     official_test_accuracy: float,
-    seed: int,
     **others,
 ) -> dict:
     """Write all there is to know about a run to results.json and its figure beside it.
@@ -164,7 +163,7 @@ def record_run(
         schedule="constant" if schedule is None else type(schedule).__name__,
         augmentation=batches.augmentation,
         precision=dtype_name(run.precision),
-        seed=seed,
+        seed=batches.seed,
         **others,
         **history.made,
         history=[e._asdict() for e in history],
@@ -212,8 +211,9 @@ def keep(
 
 def gives_way(old: dict, new: dict) -> bool:
     """Whether what is on record is no better founded than what is new: no longer, for one."""
-    same = _data(old) == _data(new)
-    return not (same and _worth(old) > _worth(new)) and not (_other(new) and not _other(old))
+    if _other(new) and not _other(old):  # the published data's stays
+        return False
+    return _data(old) != _data(new) or _worth(old) <= _worth(new)
 
 
 def _data(record: dict) -> tuple:

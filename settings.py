@@ -56,7 +56,7 @@ class Settings:
     graphs: bool = False  # replay training steps as CUDA graphs, where they can be
     quiet: bool = False  # show no line and no plot of a run
     pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
-    scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
+    scenes: Path | None = None  # your own images/ and masks/: where set, `pictures` are not used
     size: int = 32  # the side that your own scenes are brought to
     pass_mark: float | None = None  # in place of the notebooks' thresholds
     my_picture: Path | None = None  # an image file for the trained model to label
@@ -109,7 +109,7 @@ class Settings:
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
-        own = self.pictures or self.scenes
+        own = self.scenes or self.pictures
         folder = f"own/{own.resolve().name}" if own else self.pick("", "quick", "short")
         every = 60.0 if self.device.type == "cuda" else 0.0  # there an epoch may take a second
         if self.checkpoint_dir.is_relative_to("/content/drive"):  # Colab's: each file is uploaded,
@@ -125,7 +125,7 @@ class Settings:
         data = self.pick(f"the full data in {_short(self.data_dir)}", "the sample data, no network")
         autocast = "" if self.precision == torch.float32 else " autocast"
         graphs = ", steps replayed as CUDA graphs" if self.graphs else ""
-        own = ", ".join(str(folder) for folder in (self.pictures, self.scenes) if folder)
+        own = self.scenes or self.pictures
         data = f"{data}, and your own in {own}" if own else data
         cap = f", {'for' if own else 'at most'} {self.epochs_cap} epochs" if self.epochs_cap else ""
         cap += "" if self.flip else ", no image flipped"
@@ -138,15 +138,11 @@ class Settings:
         )
 
 
-def settings(
-    graphs: bool = True, environ: Mapping[str, str] = os.environ, scenes: bool = True
-) -> Settings:
+def settings(graphs: bool = True, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the README's variables from the environment; choose device and precision.
 
     `graphs` are used on CUDA alone, by one process, and not in float16, in which Muon's steps wait
     for the device (AdamW's, fused, would not: nobody has tried).
-
-    Of PICTURES and SCENES one is used: SCENES if it is set, unless `scenes` is false.
 
     Under torchrun it joins the processes. It sets torch's global flags: denormal numbers are
     flushed to zero, cuDNN tries its algorithms, and multiplies float32 in TF32 where the precision
@@ -165,8 +161,6 @@ def settings(
         paths[name.lower()] = path
         if path and not (os.path.isfile if what == "file" else os.path.isdir)(path):
             raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
-    if paths["scenes"]:  # one of the two at most
-        paths["pictures" if scenes else "scenes"] = None
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
         paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs

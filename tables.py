@@ -159,11 +159,12 @@ def gpu() -> str:
 def faults() -> str:
     """What the last run of `pytest -m faults` came to."""
     counts = json.loads((FIGURES / "faults.json").read_text(encoding="utf-8"))
+    failed = f", {counts['failed_tests']} tests failed" if counts["failed_tests"] else ""
     return (
         f"Last result: {counts['kills']:,} processes killed at random and chosen moments and "
         f"resumed,\n{counts['inputs']:,} damaged files given to the readers, {counts['faults']:,} "
-        f"other faults; {counts['lost']} lost\n({counts['machine']}, commit `{counts['commit']}`, "
-        f"{counts['date'][:10]})."
+        f"other faults; {counts['lost']} lost{failed}\n"
+        f"({counts['machine']}, commit `{counts['commit']}`, {counts['date'][:10]})."
     )
 
 

@@ -128,8 +128,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         history = utils.train(
             model, optimizer, batches, validation, epochs, quiet, schedule, loss, checkpoint
         )
-        if history.stopped:
-            raise KeyboardInterrupt(f"{name}: stopped after {len(history)} of {epochs} epochs.")
+        history.raise_if_stopped(name)
         histories.append(history)
         scores.append(history[-1].validation_accuracy)
         if variant.views:

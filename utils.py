@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torchvision.datasets import mnist
 
 import files
-from checkpoints import Checkpoint, Draws, facts_of, guarded, out_of_memory, require_finite
+from checkpoints import Checkpoint, RandomState, facts_of, guarded, out_of_memory, require_finite
 from files import UsageError
 from graphs import captured
 from progress import Progress
@@ -421,8 +421,11 @@ class Epoch(NamedTuple):
 
 
 class History(list):
-    """The epochs of a run, of so many `planned`; `made`: the device, torch, commit and date that
-    made them; `loaded`: how many came from a checkpoint; `stopped`: whether Ctrl-C ended it."""
+    """The epochs of a run, of so many `planned`.
+
+    `made`: the device, torch, commit and date that made them; `loaded`: how many came from a
+    checkpoint; `stopped`: whether Ctrl-C ended the run.
+    """
 
     def __init__(self, epochs: Iterable[Sequence] = (), made: Mapping[str, str] | None = None):
         super().__init__(Epoch(*epoch) for epoch in epochs)
@@ -439,6 +442,19 @@ class History(list):
             if before.split(", then ")[-1] != value:
                 self.made[fact] = f"{before}, then {value}"
         self.made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def finished(self, patience: int | None = None) -> bool:
+        """Whether all are there, or the best validation accuracy is `patience` epochs old."""
+        if self and patience:
+            best = max(self, key=lambda e: e.validation_accuracy)
+            if len(self) - best.epoch >= patience:
+                return True
+        return len(self) >= self.planned
+
+    def raise_if_stopped(self, name: str) -> None:
+        """Raise KeyboardInterrupt where Ctrl-C ended the run: "Run All" is not to go on."""
+        if self.stopped:
+            raise KeyboardInterrupt(f"{name}: stopped after {len(self)} of {self.planned} epochs.")
 
 
 def train(
@@ -461,22 +477,24 @@ def train(
     count; `schedule` steps after every batch. Losses and counts stay on the device until the epoch
     ends; a batch's loss is weighted by its labels, so a short one counts for what it is.
     With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
-    best validation accuracy is that many epochs old. Ctrl-C ends it without an error, as it was
-    after the last epoch that was saved; without a checkpoint, the weights keep what was begun. On a
-    GPU graphs.py replays the steps, where they can be. The model, which must be on `run.device`, is
-    left in evaluation mode. Raises UsageError where model, data and checkpoint do not fit, for want
-    of memory, and for a loss or weights that are not finite.
+    best validation accuracy is that many epochs old. Ctrl-C returns the history so far, `stopped`:
+    with a checkpoint, model and history are as after the last epoch that was saved; without one,
+    the weights keep the steps of the epoch that was begun. On a GPU graphs.py replays the steps,
+    where they can be. The model, which must be on `run.device`, is left in evaluation mode. Raises
+    UsageError where model, data and checkpoint do not fit, for want of memory, and for a loss or
+    weights that are not finite.
     """
     classes = check_fit(model, batches, run)
     check_fit(model, validation, run)
     check_loss(loss_function)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16)
     totals = torch.zeros(4, dtype=torch.float64, device=run.device)  # see _tally
-    history, title = History(), checkpoint.path.stem if checkpoint else type(model).__name__
+    history = History()
+    title = checkpoint.path.stem if checkpoint else type(model).__name__
     progress = Progress(title, batches, epochs, run)
     if checkpoint:
         parts = dict(model=model, optimizer=optimizer, schedule=schedule, scaler=scaler)
-        parts["random"] = Draws(batches)
+        parts["random"] = RandomState(batches)
         facts = dict(epochs=epochs, batches=batches, validation=validation, loss=loss_function)
         facts["precision"] = dtype_name(run.precision)
         history = History(*checkpoint.start(parts, facts_of(**parts, **facts)))
@@ -495,17 +513,16 @@ def train(
 
     step = captured(step, optimizer, schedule, run.graphs)
     with guarded(history, optimizer, batches, checkpoint, step) as interrupted:
-        for epoch in range(len(history) + 1, epochs + 1):
+        while not history.finished(patience):
             if interrupted:
                 raise KeyboardInterrupt  # the first one was swallowed
-            if plateaued(history, patience):
-                break
+            epoch = len(history) + 1
             model.train()
             if hasattr(batches, "set_epoch"):
                 batches.set_epoch(epoch)
             totals.zero_()
             started = clock(run)
-            for number, (images, labels) in enumerate(_on_device(batches, classes, run), start=1):
+            for number, (images, labels) in enumerate(_shares(batches, classes, run), start=1):
                 step(images, labels)
                 if schedule is not None:
                     schedule.step()
@@ -524,10 +541,39 @@ def train(
             history.add(Epoch(epoch, seconds, *scores, clock(run) - started - seconds), run)
             progress.epoch(history)
             if checkpoint and rank() == 0:
-                last = epoch == epochs or plateaued(history, patience)
-                checkpoint.save(history, images[:2], last)
+                checkpoint.save(history, images[:2], history.finished(patience))
     progress.plot(history)
     return history
+
+
+def _shares(batches: Iterable, classes: int, run: Settings):
+    """This process's share of every batch, on the device.
+
+    A batch that has less than an image for each process is left out.
+    """
+    share, empty = slice(rank(), None, world_size()), True
+    for images, labels in batches:
+        if len(images) < world_size():
+            continue
+        if not isinstance(batches, Batches):  # whose labels were looked at before
+            require_labels(labels, classes, "A batch")
+        empty = False
+        images, labels = images[share], labels[share]
+        yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
+    if empty:
+        raise UsageError(f"No batch has an image for each of {world_size()} processes.")
+
+
+def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+    """Add to float64 (4), on the device: summed loss, correct labels, labels, finite steps.
+
+    The last stands still from the first loss that is not finite, and so names its step.
+    """
+    counted = (labels != IGNORE).sum()
+    correct = (logits.detach().argmax(1) == labels).sum()  # IGNORE is no class
+    summed = torch.where(counted > 0, loss.detach().double() * counted, 0.0)  # of none it is NaN
+    totals[:3].add_(torch.stack([summed, correct, counted]))
+    totals[3:].add_(totals[:1].isfinite())
 
 
 def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
@@ -538,10 +584,10 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
     name, dataset = type(model).__name__, getattr(batches, "dataset", None)
     if len(batches) == 0:
         raise UsageError("There are no batches.")
-    draws = Draws(batches)
-    before = draws.state_dict()  # a DataLoader draws its order
+    random = RandomState(batches)
+    before = random.state_dict()  # a DataLoader draws its order
     images, labels = next(iter(batches))
-    draws.load_state_dict(before)
+    random.load_state_dict(before)
     images, labels = images[:2].to(run.device), labels[:2].to(run.device)
     if (images.dtype, labels.dtype) != (torch.float32, torch.int64):
         found = f"{dtype_name(images.dtype)} and {dtype_name(labels.dtype)}"
@@ -585,42 +631,6 @@ def check_loss(loss_function: Callable) -> None:
     except TypeError:
         takes = "(logits, labels, ignore_index), as nn.functional.cross_entropy does"
         raise UsageError(f"loss_function must take {takes}: {loss_function} does not.") from None
-
-
-def _on_device(batches: Iterable, classes: int, run: Settings):
-    """This process's share of every batch, on the device.
-
-    A batch that has less than an image for each process is left out.
-    """
-    share, empty = slice(rank(), None, world_size()), True
-    for images, labels in batches:
-        if len(images) < world_size():
-            continue
-        if not isinstance(batches, Batches):  # whose labels were looked at before
-            require_labels(labels, classes, "A batch")
-        empty = False
-        images, labels = images[share], labels[share]
-        yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
-    if empty:
-        raise UsageError(f"No batch has an image for each of {world_size()} processes.")
-
-
-def plateaued(history: Sequence[Epoch], patience: int | None) -> bool:
-    """Whether the best validation accuracy is `patience` epochs old."""
-    if not patience or not history:
-        return False
-    best = max(history, key=lambda e: e.validation_accuracy)
-    return len(history) - best.epoch >= patience
-
-
-def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-    """Add to float64 (4), on the device: loss summed over the labels, correct labels, labels, and
-    steps for which that sum was finite, which stops counting at the first that was not."""
-    counted = (labels != IGNORE).sum()
-    correct = (logits.detach().argmax(1) == labels).sum()  # IGNORE is no class
-    summed = torch.where(counted > 0, loss.detach().double() * counted, 0.0)  # of none it is NaN
-    totals[:3].add_(torch.stack([summed, correct, counted]))
-    totals[3:].add_(totals[:1].isfinite())
 
 
 def one_cycle(

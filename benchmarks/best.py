@@ -61,8 +61,7 @@ def fit(
     some = torch.arange(0, len(batches.dataset), len(batches.dataset) // 500)
     seen = utils.Batches(batches.dataset.subset(some), 500, run)
     history = utils.train(model, optimizer, batches, seen, epochs, run, schedule, loss)
-    if history.stopped:
-        raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
+    history.raise_if_stopped(type(model).__name__)
     row = dict(
         train_seconds=sum(e.seconds for e in history),
         flops=report.training_flops(model, batches, epochs),
@@ -83,29 +82,29 @@ def mnist_best(run: settings.Settings, seed: int) -> dict:
     """DigitNet on all 60,000 digits."""
     models = report.notebook_definitions("imageclassification.ipynb")
     training, test = utils.load_mnist(run)
-    facts = training.statistics()
+    levels = training.statistics()
     warp = models.WARP
-    batches = recipes.Warped(training, 250, run, facts, shuffle=True, seed=seed, **warp)
+    batches = recipes.Warped(training, 250, run, levels, shuffle=True, seed=seed, **warp)
     torch.manual_seed(seed)
     epochs = run.epochs(full=models.DIGIT_EPOCHS, quick=1)
-    return fit(models.DigitNet(), batches, utils.Batches(test, 500, run, facts), epochs, run)
+    return fit(models.DigitNet(), batches, utils.Batches(test, 500, run, levels), epochs, run)
 
 
 def cifar10(aim: str, run: settings.Settings, seed: int) -> dict:
     """FastNet on all 50,000 pictures."""
     models = report.notebook_definitions("imageclassification.ipynb")
     training, test = utils.load_cifar10(run)
-    facts = training.statistics()
+    levels = training.statistics()
     epochs = run.epochs(full=models.FAST_EPOCHS[aim], quick=1)
     shape, sizes = models.SHAPES[aim], recipes.progressive_sizes(epochs)
     options = dict(shuffle=True, flip=True, shift=2, seed=seed, sizes=sizes)
-    batches = recipes.Resized(training, 500, run, facts, **options)
+    batches = recipes.Resized(training, 500, run, levels, **options)
     torch.manual_seed(seed)
-    seen, _ = next(iter(utils.Batches(training, 5000, run, facts, shuffle=True, seed=seed)))
+    seen, _ = next(iter(utils.Batches(training, 5000, run, levels, shuffle=True, seed=seed)))
     started = utils.clock(run)
     model = models.FastNet(*shape).to(run.device).init_whitening(seen)
     whitening = utils.clock(run) - started
-    test_batches = utils.Batches(test, 500, run, facts)
+    test_batches = utils.Batches(test, 500, run, levels)
     row = fit(model, batches, test_batches, epochs, run, mirror=True)
     return row | dict(train_seconds=row["train_seconds"] + whitening)
 
@@ -114,12 +113,12 @@ def segmentation_best(run: settings.Settings, seed: int) -> dict:
     """SkipNet on all 50,000 scenes."""
     models = report.notebook_definitions("imagesegmentation.ipynb")
     training, test = utils.load_scenes(run)
-    facts = training.statistics()
+    levels = training.statistics()
     options = dict(shuffle=True, flip=True, shift=2, seed=seed)
-    batches = recipes.Composed(training, 125, run, facts, **options)
+    batches = recipes.Composed(training, 125, run, levels, **options)
     torch.manual_seed(seed)
     epochs = run.epochs(full=models.SKIP_EPOCHS, quick=1)
-    test_batches = utils.Batches(test, 500, run, facts)
+    test_batches = utils.Batches(test, 500, run, levels)
     return fit(models.SkipNet(), batches, test_batches, epochs, run, 0.05, recipes.with_dice)
 
 

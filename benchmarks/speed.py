@@ -157,8 +157,7 @@ class Ours:
             history = utils.train(
                 self.model, self.optimizer, self.batches, validation, epochs, self.run, schedule
             )
-        if history.stopped:
-            raise KeyboardInterrupt(f"stopped after {len(history)} of {epochs} epochs")
+        history.raise_if_stopped(type(self.model).__name__)
         return history
 
     def test(self) -> float:

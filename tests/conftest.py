@@ -41,6 +41,15 @@ if sys.platform == "win32":  # no SIGKILL, SIGALRM and fork server there
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
+def cell_with(name, text):
+    """The source of a notebook's only cell of code that holds a text."""
+    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    found = [source for source in sources if text in source]
+    assert len(found) == 1, f"{len(found)} cells of {name} have {text!r}"
+    return found[0]
+
+
 def copy_modules(folder, questions=None):
     """What the notebooks import, beside their copies; `questions` are all that is asked then."""
     for file in ROOT.glob("*.py"):
@@ -171,6 +180,6 @@ def full_data(tmp_path_factory):
 
 @pytest.fixture
 def on_record():
-    """The runs on record, where figures/ is as it was committed: not someone's own runs."""
-    skip_unless_committed(*(f"figures/{name}.json" for name in ("results", "trials", "faults")))
+    """The runs on record, where all records are as they were committed: not someone's own."""
+    skip_unless_committed("figures/*.json", "benchmarks/*.json")
     return tables.records()

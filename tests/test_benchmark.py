@@ -46,7 +46,13 @@ def test_a_row_says_how_many_times_as_fast_b_is(run, monkeypatch):
     monkeypatch.setattr(speed.Plain, "train", lambda self: 4.0)
     monkeypatch.setattr(speed.Ours, "train", lambda self: 1.0)
     monkeypatch.setattr(speed, "seconds", lambda work, run: 2.0)
+    drained = []
+    monkeypatch.setattr(speed, "drain", drained.append)
     rows = speed.throughput(task, run, rounds=1)
+    ours = [batches.flip if isinstance(batches, utils.Batches) else None for batches in drained]
+    theirs = [bool(getattr(batches.dataset, "moves", None)) for batches in drained]
+    assert ours == [None, None, False, True] * 2  # a round to warm up, and one
+    assert theirs == [False, True, False, False] * 2
     assert rows[0]["ratio"] == 4
     # images/s of training and of evaluation, of 40; of input, four batches and three of ten (twice:
     # neither moved, and moved); then the share of a step that input takes, in %
@@ -84,7 +90,21 @@ def test_both_sides_see_the_same_images(run):
             break
 
 
-def test_the_results_say_where_the_last_full_run_was_made():
+def test_the_plain_side_moves_a_label_map_with_its_image():
+    """A pixel's number is its label: at the same place after any move, or fill."""
+    numbers = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8)
+    names = tuple(map(str, range(65)))
+    data = utils.Dataset("numbers", "sample", numbers[:, None].repeat(1, 3, 1, 1), numbers, names)
+    plain, seen = speed.PlainData(data, ([0.0] * 3, [1 / 255] * 3), moved=True), set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        image, labels = plain[0]
+        assert torch.equal(image[0].round().long(), labels.long())
+        seen.add(tuple(labels.flatten().tolist()))
+    assert len(seen) > 5
+
+
+def test_the_results_say_where_the_last_full_run_was_made(on_record):
     saved = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
     made = saved["machine"]
     where = f"{made['hardware']}, torch {made['torch']}, {' and '.join(made['data'][:2])}"
@@ -93,14 +113,14 @@ def test_the_results_say_where_the_last_full_run_was_made():
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "segmentation-4"])
-def test_the_saved_run_is_a_full_one(name):
+def test_the_saved_run_is_a_full_one(name, on_record):
     saved = json.loads((ROOT / "benchmarks" / "speed.json").read_text())
     rows = [row for row in saved["rows"] if row["model"] == name and "b_is" not in row]
     assert len(rows) >= 5 and all(row["rounds"] >= 5 or "memory" in row["metric"] for row in rows)
 
 
 @pytest.mark.parametrize("file", ["best.json", "best_epyc.json"])
-def test_the_best_models_were_measured_on_one_machine(file):
+def test_the_best_models_were_measured_on_one_machine(file, on_record):
     rows = json.loads((ROOT / "benchmarks" / file).read_text(encoding="utf-8"))
     assert len({(row["hardware"], row["torch"]) for row in rows}) == 1
 
@@ -171,9 +191,9 @@ def test_the_best_models_are_trained_and_scored(name, run, monkeypatch):
 
 def test_a_run_that_was_stopped_leaves_no_row(run, monkeypatch):
     history = utils.History()
-    history.stopped = True
+    history.stopped, history.planned = True, 3
     monkeypatch.setattr(utils, "train", lambda *parts: history)
-    with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 1 epochs"):
+    with pytest.raises(KeyboardInterrupt, match="MnistCNN: stopped after 0 of 3 epochs"):
         best.mnist_best(run, seed=0)
     task = next(small_tasks(run))
     with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 3 epochs"):

@@ -378,7 +378,7 @@ def test_where_a_schedule_is_makes_no_other_run():
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
 def test_where_a_cycle_of_momentum_is_makes_no_other_run(optimizer):
-    network, draws = victim.model(), checkpoints.Draws()
+    network, draws = victim.model(), checkpoints.RandomState()
     optimizer, scaler = optimizer(network.parameters(), 0.1), torch.amp.GradScaler(enabled=False)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
     before = checkpoints.facts_of(network, optimizer, schedule, scaler, draws)
@@ -388,14 +388,15 @@ def test_where_a_cycle_of_momentum_is_makes_no_other_run(optimizer):
 
 
 def test_a_learning_rate_that_a_graph_made_a_tensor_is_the_same():
-    def optimizer_fact(rate):
+    def optimizer_fact(rate, **options):
         network = victim.model()
-        optimizer = torch.optim.AdamW(network.parameters(), 0.1, fused=True)
+        optimizer = torch.optim.AdamW(network.parameters(), 0.1, **options)
         optimizer.param_groups[0]["lr"] = rate
-        scaler, draws = torch.amp.GradScaler("cpu", enabled=False), checkpoints.Draws()
+        scaler, draws = torch.amp.GradScaler("cpu", enabled=False), checkpoints.RandomState()
         return checkpoints.facts_of(network, optimizer, None, scaler, draws)["optimizer"]
 
     assert optimizer_fact(0.001) == optimizer_fact(torch.tensor(0.001))
+    assert optimizer_fact(0.001, fused=True) == optimizer_fact(0.001, capturable=True)
     assert optimizer_fact(0.001) != optimizer_fact(torch.tensor(0.00101))
 
 
@@ -483,6 +484,26 @@ def rewrite(path, change):
     state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, path)
+
+
+@pytest.mark.parametrize("off, goes_on", [(0.003, True), (0.03, False)])
+def test_a_run_begun_on_a_gpu_goes_on_here(off, goes_on, tmp_path, tally):
+    """As graphs leave it: a rate in a tensor, other generators, logits that are rounded there."""
+    stopped(tmp_path, 3)
+
+    def as_on_a_gpu(state):
+        state["parts"]["random"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 9
+        for group in state["parts"]["optimizer"]["param_groups"]:
+            group |= dict(capturable=True, fused=True, lr=torch.tensor(group["lr"]))
+        logits = state["probe"]["logits"]
+        logits += off * logits.abs().max()
+
+    rewrite(tmp_path / "toy.pt", as_on_a_gpu)
+    if goes_on:
+        tally.add("faults", survived=len(victim.fit(tmp_path)[0]) == victim.EPOCHS)
+        return
+    with pytest.raises(utils.UsageError, match="with its weights, this model answers differently"):
+        victim.fit(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -706,7 +727,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_nothing_to_record(tmp_path, run, capsy
         and "Stopped in epoch 1. Its part of the epoch stays in" in capsys.readouterr().out
     )
     with pytest.raises(utils.UsageError, match="no epoch was trained to its end"):
-        report.record_run("toy", run, *[None] * 5, history, 0.0, 0)
+        report.record_run("toy", run, *[None] * 5, history, 0.0)
 
 
 def test_ctrl_c_without_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -755,7 +776,7 @@ def test_an_interrupted_run_has_its_figure(tmp_path, run, monkeypatch):
     batches = utils.Batches(victim.toy(), 24, run)
     optimizer = torch.optim.AdamW(network.parameters())
     record = report.record_run(
-        "toy", run, network, optimizer, None, batches, batches, history, 50.0, 0
+        "toy", run, network, optimizer, None, batches, batches, history, 50.0
     )
     assert record["epochs"] == 3 and (tmp_path / "figures/quick/toy.png").exists()
 
@@ -937,9 +958,14 @@ def test_a_plateau_is_saved_however_rare_saves_are(rarely, tmp_path, monkeypatch
 
 
 def test_a_plateau_is_a_best_score_that_is_old():
-    history = history_of(50.0, 60.0, 55.0, 60.0)  # an equal score is no improvement
-    assert utils.plateaued(history, 2) and not utils.plateaued(history, 3)
-    assert not utils.plateaued(history, None) and not utils.plateaued([], 1)
+    history = utils.History(history_of(50.0, 60.0, 55.0, 60.0))  # an equal one is no improvement
+    history.planned = 6
+    assert history.finished(2) and not history.finished(3) and not history.finished()
+    history.planned = 4
+    assert history.finished() and history.finished(3)
+    started = utils.History()
+    started.planned = 1
+    assert not started.finished(1)
 
 
 def test_training_stops_at_a_plateau_and_stays_stopped(tmp_path, monkeypatch):

@@ -267,13 +267,6 @@ def test_without_data_and_network_the_way_out_is_named(monkeypatch, tmp_path, ru
     assert file in sentence and "PROFILE=quick" in sentence
 
 
-def test_a_data_dir_that_cannot_be_made_is_named(tmp_path, run):
-    (tmp_path / "file").write_text("not a folder")
-    full = dataclasses.replace(run, profile="full", data_dir=tmp_path / "file" / "data")
-    with pytest.raises(utils.UsageError, match="cannot be written to DATA_DIR"):
-        utils.load_mnist(full)
-
-
 # ---- what a data set must be
 
 

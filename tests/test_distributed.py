@@ -77,10 +77,10 @@ def test_a_notebook_runs_under_torchrun(notebook, passed, tmp_path):
 
 def test_batches_that_are_too_small_to_share_are_refused(run, monkeypatch):
     batches = utils.Batches(victim.toy(), 1, run)
-    assert len(list(utils._on_device(batches, 3, run))) == len(batches)
+    assert len(list(utils._shares(batches, 3, run))) == len(batches)
     monkeypatch.setattr(utils, "world_size", lambda: 2)
     with pytest.raises(utils.UsageError, match="No batch has an image for each of 2 processes"):
-        list(utils._on_device(batches, 3, run))
+        list(utils._shares(batches, 3, run))
 
 
 def test_one_process_is_a_world_of_its_own():

@@ -38,7 +38,10 @@ def loadable(folder):
     """Whether what lies in a folder after a kill is whole: nothing, or a checkpoint to the end."""
     for file in folder.glob("toy.pt*"):
         if file.suffix != ".partial":
-            torch.load(file, weights_only=True)
+            try:
+                torch.load(file, weights_only=True)
+            except Exception:
+                return False
     return True
 
 

@@ -19,17 +19,9 @@ from torch import nn
 import recipes
 import report
 import utils
-from conftest import ROOT, RUNS, export
+from conftest import ROOT, RUNS, cell_with, export
 
 NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
-
-
-def cell_with(name, text):
-    """The source of a notebook's only cell of code that holds a text."""
-    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    (found,) = (source for source in sources if text in source)
-    return found
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -118,6 +110,32 @@ def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(name, score,
     assert words == [True] * len(words)
 
 
+@pytest.mark.parametrize("name, checked", list(zip(NOTEBOOKS, (8, 5), strict=True)))
+def test_saved_outputs_are_compared(name, checked):
+    """nbval-lax looks at those of tagged cells alone: what grades an exercise's models."""
+    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "nbval-check-output" in c["metadata"].get("tags", [])]
+    assert len(tagged) == checked and all(cell["outputs"] for cell in tagged)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_model_of_other_layers_fails_where_its_shapes_are_compared(right, tmp_path):
+    notebook = nbformat.read(ROOT / NOTEBOOKS[1], as_version=4)
+    imports = nbformat.v4.new_code_cell("import torch\nfrom torch import nn")
+    texts = "class ResBlock", "class Segmenter", "in Segmenter(first)"
+    cells = [c for c in notebook.cells if any(t in c.source for t in texts) and "outputs" in c]
+    notebook.cells = [imports, *cells]
+    assert len(cells) == len(texts)
+    if not right:
+        assert "nn.MaxPool2d(2),\n" in cells[1].source
+        cells[1].source = cells[1].source.replace("nn.MaxPool2d(2),\n", "\n", 1)
+    nbformat.write(notebook, tmp_path / NOTEBOOKS[1])
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", NOTEBOOKS[1]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (not right), done.stdout
+    assert ("1 failed, 3 passed" in done.stdout) is not right
+
+
 @pytest.mark.parametrize("profile, scenes", [("full", 70), ("short", 70), ("quick", 60)])
 def test_the_pass_marks_are_the_write_ups(profile, scenes):
     """Of all but the sample scenes, as the settings cells have them."""
@@ -148,13 +166,26 @@ def test_a_run_on_record_has_the_epochs_of_its_profile(name, on_record):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_settings_cell_says_what_the_later_cells_do(name, run):
+    """RESUME = False there starts all runs anew; MY_PICTURE is the variable's."""
+    source = cell_with(name, "RESUME = run.resume")
+    run = replace(run, my_picture=Path("mine.png"))
+    for line, resume in (("RESUME = run.resume", True), ("RESUME = False", False)):
+        scope = dict(run=run, replace=replace)
+        exec(source.replace("RESUME = run.resume", line), scope)
+        assert scope["run"].resume is scope["run"].digits.resume is resume
+        assert scope.get("digits", scope["run"]).resume is resume
+        assert scope["MY_PICTURE"] == Path("mine.png")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_my_picture_is_what_the_best_model_labels(name):
     def model(which, score):
         if name == NOTEBOOKS[0]:
             return which, dict(final_accuracy=score)
         return SimpleNamespace(model=which, scores=SimpleNamespace(accuracy=score))
 
-    labelled, scope = [], dict.fromkeys("cifar cifar_facts scenes statistics run".split())
+    labelled, scope = [], dict.fromkeys("cifar cifar_statistics scenes statistics run".split())
     models = {"first": model("worse", 70.0), "second": model("best", 80.0)}
     show = lambda model, picture, *_: labelled.append((model, picture))  # noqa: E731
     scope |= dict(models=models, report=SimpleNamespace(show_prediction=show))
@@ -176,7 +207,7 @@ def test_a_model_that_was_stopped_goes_on_no_record(name, run, monkeypatch):
     scope = dict(partial=partial, nn=nn, torch=torch, utils=utils, report=report, recipes=recipes)
     exec(cell_with(name, "def fit(name, make"), scope)
     history = utils.History([(1, 1, 1, 1, 1, 1)])
-    history.stopped = True
+    history.stopped, history.planned = True, 2
     monkeypatch.setattr(utils, "train", lambda *parts: history)
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     data = utils.Dataset("toy", "sample", images, torch.arange(4) % 2, ("a", "b"))
@@ -206,7 +237,7 @@ def test_a_first_model_that_was_stopped_stops_run_all(name, run, monkeypatch):
     monkeypatch.setattr(utils, "train", lambda *parts, checkpoint: history)
     exec(cell, scope)
     history.stopped = True
-    with pytest.raises(KeyboardInterrupt, match="stopped after epoch 1"):
+    with pytest.raises(KeyboardInterrupt, match="stopped after 1 of 1 epochs"):
         exec(cell, scope)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -19,9 +20,10 @@ from PIL import Image, ImageDraw
 import colab
 import owndata
 import report
+import settings
 import utils
 from checkpoints import Checkpoint
-from conftest import ROOT, export
+from conftest import ROOT, cell_with, export
 
 ROADS = (
     "sky building pole road pavement tree sign fence car pedestrian bicyclist unlabelled".split()
@@ -157,18 +159,26 @@ def test_own_data_has_no_threshold_unless_one_is_set(tmp_path):
     assert utils.settings(environ={"THRESHOLD": "100.0"}).threshold(70.0) == 100
 
 
-def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path):
+def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path, monkeypatch):
     pictures, scenes = tmp_path / "letters", tmp_path / "roads"
     pictures.mkdir(), scenes.mkdir()
     both = {"PICTURES": str(pictures), "SCENES": str(scenes)}
-    quick = {"PROFILE": "quick", "SCENES": str(scenes)}
-    run = utils.settings(environ=quick, scenes=False)
-    assert run.threshold(70.0) == 70 and run.figures.name == "quick" and run.scenes is None
-    run = utils.settings(environ=both, scenes=False)
+    settings_cell = cell_with("imageclassification.ipynb", "run = replace(utils.settings()")
+
+    def classification(**variables):
+        monkeypatch.setattr(utils, "settings", partial(settings.settings, environ=variables))
+        exec(settings_cell, scope := {})
+        return scope["run"]
+
+    run = classification(PROFILE="quick", SCENES=str(scenes))
+    assert run.threshold(70.0) == 70 and run.figures.name == "quick"
+    run = classification(**both)
     assert run.checkpoint("pictures").path.parts[-3:] == ("own", "letters", "pictures.pt")
-    run = utils.settings(environ=both)
-    assert run.checkpoint("segmentation-1").path.parts[-2] == "roads" and run.pictures is None
-    assert utils.settings(environ={"PICTURES": str(pictures)}).pictures == pictures
+    assert str(pictures) in str(run) and str(scenes) not in str(run)
+    run = settings.settings(environ=both)
+    assert run.checkpoint("segmentation-1").path.parts[-2] == "roads"
+    assert str(pictures) not in str(run) and str(scenes) in str(run)
+    assert settings.settings(environ={"PICTURES": str(pictures)}).pictures == pictures
 
 
 def test_digits_on_own_pictures_are_called_so(run, tmp_path):

@@ -357,10 +357,10 @@ def test_a_run_with_muon_and_growing_images_goes_on_to_the_same_bits(run, pictur
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
-@pytest.mark.parametrize("epochs", range(1, 40))
-def test_images_grow_to_their_full_size(epochs):
-    sizes = recipes.progressive_sizes(epochs)
-    assert len(sizes) == epochs and sizes[-1] == 32 and sizes == sorted(sizes)
+def test_images_grow_to_their_full_size():
+    for epochs in range(1, 40):
+        sizes = recipes.progressive_sizes(epochs)
+        assert len(sizes) == epochs and sizes[-1] == 32 and sizes == sorted(sizes)
     assert recipes.progressive_sizes(12) == [20] * 4 + [24] * 4 + [28] * 2 + [32] * 2
 
 

@@ -31,7 +31,7 @@ def recorded(run, tmp_path, monkeypatch, classification):
     schedule = utils.one_cycle(optimizer, batches, 1, 1e-3)
     history = utils.train(model, optimizer, batches, validation, 1, run, schedule)
     yield report.record_run(
-        "mnist", run, model, optimizer, schedule, batches, validation, history, 12.5, 0
+        "mnist", run, model, optimizer, schedule, batches, validation, history, 12.5
     )
     plt.close("all")
 
@@ -54,7 +54,7 @@ def test_a_record_counts_all_epochs_and_tells_the_best_from_the_last(run, tmp_pa
     facts = dict(device="an abacus", torch="2.14", commit="c0ffee", date="2026-11-28")
     history = utils.History([*epochs, (3, 4.0, 0.7, 70.0, 85.0, 0.75)], facts)
     optimizer = torch.optim.AdamW(model.parameters())
-    made = report.record_run("mine", run, model, optimizer, None, batches, batches, history, 7.0, 0)
+    made = report.record_run("mine", run, model, optimizer, None, batches, batches, history, 7.0)
     assert (made["best_accuracy"], made["best_epoch"], made["final_accuracy"]) == (90, 2, 85)
     assert (made["train_seconds"], made["evaluation_seconds"]) == (9, 1.5)
     assert made["epochs"] == 3 and made["flops"] == 3 * 6 * 6 * 6  # epochs, images, 3 x 2 weights
@@ -182,7 +182,7 @@ def test_figures_are_drawn_again_from_the_results(recorded, tmp_path):
     assert (folder / "mnist.png").read_bytes() == before
 
 
-def test_the_faults_on_record_are_many_and_nothing_was_lost():
+def test_the_faults_on_record_are_many_and_nothing_was_lost(on_record):
     counts = json.loads((ROOT / "figures" / "faults.json").read_text(encoding="utf-8"))
     assert counts["kills"] >= 50 and counts["inputs"] >= 2000
     assert counts["lost"] == counts["failed_tests"] == 0

@@ -171,14 +171,29 @@ def test_a_gpu_that_torch_does_not_find_is_mentioned(monkeypatch, cuda, said):
     ],
 )
 def test_steps_are_replayed_on_a_gpu_unless_in_float16(monkeypatch, given, precision, replayed):
+    asked, cudnn = [], torch.backends.cudnn
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(settings, "require_code", lambda device: None)
+    monkeypatch.setattr(settings, "require_code", asked.append)
     for name in ("benchmark", "allow_tf32"):  # what is set stays in this test
-        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))
     named = {"PRECISION": str(precision).removeprefix("torch.")}
-    assert utils.settings(environ=named, **given).graphs == replayed
+    run = utils.settings(environ=named, **given)
+    assert run.graphs == replayed and run.profile == "full" and asked == [run.device]
+    assert run.device.type == "cuda" and run.precision == precision
+    assert cudnn.benchmark and cudnn.allow_tf32 == (precision != torch.float32)
     monkeypatch.setattr(settings, "world_size", lambda: 2)
     assert not utils.settings(environ=named, **given).graphs
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(settings.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    device = settings.join_processes(torch.device("cuda"), 1)
+    assert chosen == [device] == [torch.device("cuda", 1)]
+    with pytest.raises(utils.UsageError, match="More processes than GPUs here, 2: start one"):
+        settings.join_processes(torch.device("cuda"), 2)
 
 
 @pytest.mark.parametrize(

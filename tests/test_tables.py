@@ -119,7 +119,7 @@ def test_numbers_in_prose_are_those_of_runs(page, on_record):
     assert strangers(prose()[page], measured()) == []
 
 
-def test_the_readme_gives_the_ratios_of_the_speed_benchmark():
+def test_the_readme_gives_the_ratios_of_the_speed_benchmark(on_record):
     rows = json.loads((ROOT / "benchmarks" / "speed.json").read_text(encoding="utf-8"))["rows"]
     ratio = {(row["model"], row["metric"]): row["ratio"] for row in rows}
     training = {model: r for (model, metric), r in ratio.items() if metric.startswith("training,")}
@@ -263,7 +263,7 @@ def test_the_short_profile_took_what_the_readme_says(on_record):
         assert re.search(rf"all of `{name}` \| \w+ minutes \| {took} hours \|", readme), took
 
 
-def test_trials_have_several_seeds():
+def test_trials_have_several_seeds(on_record):
     rows = trials.load(ROOT / "figures")
     assert {row["question"] for row in rows} == set(trials.QUESTIONS)
     assert all(len(row["seeds"]) >= 3 and row["source"] != "sample" for row in rows)

@@ -68,14 +68,6 @@ def test_the_loop_equals_a_plain_one_bit_for_bit(run):
         assert torch.equal(ours, theirs)
 
 
-def test_a_run_is_repeatable_bit_for_bit(run):
-    (one, history), (again, history_again) = fit(run), fit(run)
-    for a, b in zip(one.state_dict().values(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    scores = [(e.loss, e.accuracy, e.validation_accuracy) for e in history]
-    assert scores == [(e.loss, e.accuracy, e.validation_accuracy) for e in history_again]
-
-
 @pytest.mark.parametrize(
     "optimizer_of",
     [lambda m: torch.optim.AdamW(m.parameters(), 0.01, fused=True), lambda m: recipes.Muon(m)],
@@ -287,6 +279,24 @@ def test_a_script_prints_a_line_per_epoch(run, capsys):
     fit(run, epochs=2)
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 and "epoch 2/2" in lines[1] and "validation" in lines[1]
+
+
+def test_the_clock_waits_for_a_gpu(run, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    utils.clock(run)
+    assert not waited
+    utils.clock(dataclasses.replace(run, device=torch.device("cuda")))
+    assert waited
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_steps_are_replayed_where_the_settings_say(asked, tmp_path, monkeypatch):
+    wanted, whole = [], victim.settings(tmp_path)
+    monkeypatch.setattr(victim, "settings", lambda _: dataclasses.replace(whole, graphs=asked))
+    monkeypatch.setattr(utils, "captured", lambda step, *rest: wanted.append(rest[-1]) or step)
+    victim.fit(tmp_path, epochs=1)
+    assert wanted == [asked]
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_nothing():
