@@ -14,7 +14,7 @@ import report
 import tables
 import utils
 from benchmarks import best, scaling, speed, steps
-from conftest import ROOT
+from conftest import ROOT, trained
 
 
 def small_tasks(run):
@@ -192,8 +192,8 @@ def test_the_best_models_are_trained_and_scored(name, run, monkeypatch):
 def test_a_run_that_was_stopped_leaves_no_row(run, monkeypatch):
     history = utils.History()
     history.stopped, history.planned = True, 3
-    monkeypatch.setattr(utils, "train", lambda *parts: history)
-    with pytest.raises(KeyboardInterrupt, match="MnistCNN: stopped after 0 of 3 epochs"):
+    monkeypatch.setattr(utils, "train", trained(history))
+    with pytest.raises(KeyboardInterrupt, match="DigitNet: stopped after 0 of 3 epochs"):
         best.mnist_best(run, seed=0)
     task = next(small_tasks(run))
     with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 3 epochs"):

@@ -16,6 +16,7 @@ import report
 import settings
 import trials
 import utils
+from conftest import trained
 
 
 @pytest.fixture
@@ -648,20 +649,15 @@ def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypat
 
 
 def test_a_variants_smoothing_reaches_its_loss(run, pictures, monkeypatch):
-    losses = []
-
-    def train(*arguments):
-        losses.append(arguments[7])
-        return utils.History([(1, 1, 1, 1, 1, 1)], dict(device="a CPU"))
-
-    monkeypatch.setattr(utils, "train", train)
+    seen, history = [], utils.History([(1, 1, 1, 1, 1, 1)], dict(device="a CPU"))
+    monkeypatch.setattr(utils, "train", trained(history, seen))
     batches = utils.Batches(pictures, 20, run)
     make = partial(nn.Sequential, nn.Flatten(), nn.Linear(3072, 10))
     variant = trials.Variant(make, batches, 1e-3, smoothing=0.2)
     trials._row("what?", "one", variant, batches, 1, run, (0, 1), None)
     scores, labels = torch.randn(5, 10), torch.arange(5)
     smoothed = nn.functional.cross_entropy(scores, labels, label_smoothing=0.2)
-    assert len(losses) == 2 and losses[0](scores, labels) == smoothed
+    assert [given["loss_function"](scores, labels) for given in seen] == [smoothed] * 2
 
 
 def test_trials_that_were_stopped_are_no_record(run, pictures):
