@@ -145,6 +145,8 @@ class Dataset:
         size = f"{len(self):,} images {c}x{h}x{w}"
         return f"{self.name} ({self.source}): {size}, {kind} of {len(self.classes)} classes"
 
+    __repr__ = __str__
+
 
 def require_labels(labels: Tensor, classes: int, whose: str) -> None:
     """Refuse labels that are neither a class nor IGNORE."""

@@ -170,6 +170,12 @@ def test_each_scene_has_its_own_digit_and_background():
         assert set(scenes.labels[scene].unique().tolist()) == expected
 
 
+def test_a_data_set_is_one_line_where_it_is_printed_or_shown():
+    scenes = utils.compose_scenes(coded_digits(600), coded_backgrounds(500), seed=0)
+    assert repr(scenes) == str(scenes)
+    assert str(scenes).endswith(": 500 images 3x32x32, label maps of 20 classes")
+
+
 def test_the_scene_split_shares_neither_digits_nor_backgrounds():
     parts = utils.split(utils.compose_scenes(coded_digits(600), coded_backgrounds(500), seed=0))
     (digits, backgrounds, _), (other_digits, other_backgrounds, _) = map(decode, parts)
