@@ -278,6 +278,8 @@ class Composed(Batches):
         digits, backgrounds = scenes.layers
         self.numbers = len(digits.classes)
         self.backgrounds = Batches(backgrounds, batch_size, run, ([0.0] * 3, [1.0] * 3), **options)
+        if backgrounds.images.shape != scenes.images.shape:
+            raise UsageError(f"{scenes.name}: the scenes are of another size than their layers.")
         height, width = backgrounds.images.shape[2:]
         margin, odd = divmod(width - digits.images.shape[-1], 2)
         if odd or height != width:

@@ -56,7 +56,7 @@ class Settings:
     graphs: bool = False  # replay training steps as CUDA graphs, where they can be
     quiet: bool = False  # show no line and no plot of a run
     pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
-    scenes: Path | None = None  # your own images/ and masks/: where set, `pictures` are not used
+    scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
     size: int = 32  # the side that your own scenes are brought to
     pass_mark: float | None = None  # in place of the notebooks' thresholds
     my_picture: Path | None = None  # an image file for the trained model to label
@@ -138,11 +138,15 @@ class Settings:
         )
 
 
-def settings(graphs: bool = True, environ: Mapping[str, str] = os.environ) -> Settings:
+def settings(
+    graphs: bool = True, environ: Mapping[str, str] = os.environ, scenes: bool = True
+) -> Settings:
     """Read the README's variables from the environment; choose device and precision.
 
     `graphs` are used on CUDA alone, by one process, and not in float16, in which Muon's steps wait
     for the device (AdamW's, fused, would not: nobody has tried).
+
+    Of PICTURES and SCENES one is used: SCENES if it is set, unless `scenes` is false.
 
     Under torchrun it joins the processes. It sets torch's global flags: denormal numbers are
     flushed to zero, cuDNN tries its algorithms, and multiplies float32 in TF32 where the precision
@@ -161,6 +165,8 @@ def settings(graphs: bool = True, environ: Mapping[str, str] = os.environ) -> Se
         paths[name.lower()] = path
         if path and not (os.path.isfile if what == "file" else os.path.isdir)(path):
             raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
+    if paths["scenes"]:  # one of the two at most
+        paths["pictures" if scenes else "scenes"] = None
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
         paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs

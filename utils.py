@@ -102,7 +102,7 @@ class Dataset:
         require_labels(self.labels, len(self.classes), self.name)
         if self.groups is not None and len(self.groups) != len(self.images):
             refuse(f"groups must be one per image, not {len(self.groups)} for {len(self.images)}")
-        if self.layers is not None and {len(part) for part in self.layers} != {len(self.images)}:
+        if self.layers and [len(part) for part in self.layers] != 2 * [len(self.images)]:
             refuse("layers must be a digit and a background for each image")
 
     def __len__(self) -> int:
@@ -251,7 +251,7 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     uint8 (N, H, W): a pixel is its digit (0 to 9) where the ink is over one half, else its
     background (10 and up). No digit is used twice while there are as many as backgrounds. The
     scenes' `layers` are these digits, in the order in which they were dealt, and the backgrounds.
-    Raises UsageError for others.
+    Raises UsageError for digits or backgrounds of another kind.
     """
     if backgrounds.images.shape[1] != 3 or (backgrounds.labels == IGNORE).any():
         raise UsageError(f"{backgrounds.name}: backgrounds must be in colour, each with a class.")
@@ -515,7 +515,7 @@ def train(
 
     step = captured(step, optimizer, schedule, run.graphs)
     with guarded(history, optimizer, batches, checkpoint, step) as interrupted:
-        while not history.finished(patience):
+        while interrupted or not history.finished(patience):
             if interrupted:
                 raise KeyboardInterrupt  # the first one was swallowed
             epoch = len(history) + 1

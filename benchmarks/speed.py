@@ -97,11 +97,11 @@ class Plain:
         self.device = run.device
         self.model = task.make(task.width).to(run.device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        facts = task.training.statistics()
-        plain, moved = (PlainData(training, facts, moved=moved) for moved in (False, True))
+        levels = task.training.statistics()
+        plain, moved = (PlainData(training, levels, moved=moved) for moved in (False, True))
         self.batches = self.unmoved = DataLoader(plain, task.batch_size, shuffle=True)
         self.moved = DataLoader(moved, task.batch_size, shuffle=True)
-        self.validation = DataLoader(PlainData(validation, facts), task.batch_size)
+        self.validation = DataLoader(PlainData(validation, levels), task.batch_size)
 
     def train(self) -> float:
         """One epoch; returns its seconds."""
@@ -132,20 +132,20 @@ class Ours:
 
     def __init__(self, task: Task, training, validation, run: settings.Settings, seed: int = 0):
         torch.manual_seed(seed)
-        self.run, self.peak, facts = run, task.peak, task.training.statistics()
+        self.run, self.peak, levels = run, task.peak, task.training.statistics()
         self.model = task.make(task.width).to(run.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), task.peak, weight_decay=0.05, fused=True
         )
         moves = dict(flip=True, shift=4)
-        common = dict(statistics=facts, shuffle=True, seed=seed)
+        common = dict(statistics=levels, shuffle=True, seed=seed)
         size = task.batch_size
         self.batches = utils.Batches(training, size, run, **common, **(moves if task.moved else {}))
         # whole passes over the data set: what is done once an epoch is spread as it should be
         self.unmoved = utils.Batches(task.training, size, run, **common)
         self.moved = utils.Batches(task.training, size, run, **common, **moves)
-        self.validation = utils.Batches(validation, 500, run, facts)
-        self.one_image = utils.Batches(validation.subset(torch.zeros(1).long()), 1, run, facts)
+        self.validation = utils.Batches(validation, 500, run, levels)
+        self.one_image = utils.Batches(validation.subset(torch.zeros(1).long()), 1, run, levels)
 
     def train(self) -> float:
         """One epoch; returns its seconds. With graphs, the second of two: the first records."""

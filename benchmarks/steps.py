@@ -74,7 +74,7 @@ def cases() -> dict[str, Case]:
 
 
 def noise(count: int, shape: tuple[int, ...], pixels: bool = False) -> utils.Dataset:
-    """Random images uint8 (count, *shape), of ten classes; or scenes made of such, with pixels'."""
+    """Random images uint8 (count, *shape), of ten classes; or, with `pixels`, scenes of such."""
     draws = utils.generator(0)
     images = torch.randint(256, (count, *shape), generator=draws, dtype=torch.uint8)
     labels = torch.randint(10, (count,), generator=draws)

@@ -14,7 +14,7 @@ import report
 import tables
 import utils
 from benchmarks import best, scaling, speed, steps
-from conftest import ROOT, trained
+from conftest import ROOT, train_giving
 
 
 def small_tasks(run):
@@ -192,7 +192,7 @@ def test_the_best_models_are_trained_and_scored(name, run, monkeypatch):
 def test_a_run_that_was_stopped_leaves_no_row(run, monkeypatch):
     history = utils.History()
     history.stopped, history.planned = True, 3
-    monkeypatch.setattr(utils, "train", trained(history))
+    monkeypatch.setattr(utils, "train", train_giving(history))
     with pytest.raises(KeyboardInterrupt, match="DigitNet: stopped after 0 of 3 epochs"):
         best.mnist_best(run, seed=0)
     task = next(small_tasks(run))

@@ -151,7 +151,7 @@ FAULTS = ["503", "404", "redirect", "corrupt", "another file", "hang up", "stall
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_first_mirror_is_made_up_for(fault, servers, tmp_path, tally, monkeypatch):
-    monkeypatch.setattr(files, "TIME_OUT", 0.3 if fault == "stall" else 5.0)
+    monkeypatch.setattr(files, "TIME_OUT", 1.0 if fault == "stall" else 5.0)
     for archives in files.ARCHIVES.values():
         servers[0].faults += [fault] * len(archives)
     for name in ("MNIST", "CIFAR-10"):
@@ -162,7 +162,7 @@ def test_a_fault_of_the_first_mirror_is_made_up_for(fault, servers, tmp_path, ta
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f != "redirect"])
 def test_all_mirrors_fail_and_then_work(fault, servers, tmp_path, tally, monkeypatch):
-    monkeypatch.setattr(files, "TIME_OUT", 0.3 if fault == "stall" else 5.0)
+    monkeypatch.setattr(files, "TIME_OUT", 1.0 if fault == "stall" else 5.0)
     for server in servers:
         server.faults = [fault]
     files.fetch("CIFAR-10", tmp_path)
@@ -177,14 +177,14 @@ SENTENCES = {
     "corrupt": "the file's hash is wrong",
     "another file": "the file's hash is wrong",
     "hang up": "broke off",
-    "stall": "no byte in 0.3 s",
+    "stall": "no byte in 1 s",
     "cut off": "broke off",
 }
 
 
 @pytest.mark.parametrize("fault", SENTENCES)
 def test_a_fault_that_stays_is_one_sentence(fault, servers, tmp_path, tally, monkeypatch):
-    monkeypatch.setattr(files, "TIME_OUT", 0.3 if fault == "stall" else 5.0)
+    monkeypatch.setattr(files, "TIME_OUT", 1.0 if fault == "stall" else 5.0)
     for server in servers:
         server.faults = [fault] * 3
     with pytest.raises(utils.UsageError, match="CIFAR-10 could not be downloaded") as error:

@@ -19,7 +19,7 @@ from torch import nn
 import recipes
 import report
 import utils
-from conftest import ROOT, RUNS, cell_with, export, trained
+from conftest import ROOT, RUNS, cell_with, export, train_giving
 
 NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
 
@@ -208,7 +208,7 @@ def test_a_model_that_was_stopped_goes_on_no_record(name, run, monkeypatch):
     exec(cell_with(name, "def fit(name, make"), scope)
     history = utils.History([(1, 1, 1, 1, 1, 1)])
     history.stopped, history.planned = True, 2
-    monkeypatch.setattr(utils, "train", trained(history))
+    monkeypatch.setattr(utils, "train", train_giving(history))
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     data = utils.Dataset("toy", "sample", images, torch.arange(4) % 2, ("a", "b"))
     batches, make = utils.Batches(data, 2, run), partial(nn.Conv2d, 1, 2, 3, bias=False)
@@ -234,10 +234,11 @@ def test_a_first_model_that_was_stopped_stops_run_all(name, run, monkeypatch):
         sizes = dict(WIDTH=1, PEAK=0.1, EPOCHS=2)
         scope |= {f"{kind.upper()}_{fact}": value for fact, value in sizes.items()}
     scope["cifar_epochs"], history = 2, utils.History([(1, 1, 1, 1, 1, 1)])
-    monkeypatch.setattr(utils, "train", trained(history))
+    history.planned = 2
+    monkeypatch.setattr(utils, "train", train_giving(history))
     exec(cell, scope)
     history.stopped = True
-    with pytest.raises(KeyboardInterrupt, match="stopped after 1 of 1 epochs"):
+    with pytest.raises(KeyboardInterrupt, match="stopped after 1 of 2 epochs"):
         exec(cell, scope)
 
 
@@ -249,7 +250,7 @@ def test_what_to_expect_is_what_the_readme_says(name, monkeypatch):
     source, said = cell_with(name, "expected = run.pick("), {}
     for profile in ("quick", "short", "full"):
         run = utils.settings(environ={"PROFILE": profile})
-        monkeypatch.setattr(utils, "settings", lambda run=run: run)
+        monkeypatch.setattr(utils, "settings", lambda run=run, **_: run)
         exec(source, scope := {})
         said[profile] = scope["expected"]
         monkeypatch.undo()

@@ -163,7 +163,7 @@ def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path, monkeypatch)
     pictures, scenes = tmp_path / "letters", tmp_path / "roads"
     pictures.mkdir(), scenes.mkdir()
     both = {"PICTURES": str(pictures), "SCENES": str(scenes)}
-    settings_cell = cell_with("imageclassification.ipynb", "run = replace(utils.settings()")
+    settings_cell = cell_with("imageclassification.ipynb", "run = utils.settings(scenes=False)")
 
     def classification(**variables):
         monkeypatch.setattr(utils, "settings", partial(settings.settings, environ=variables))
@@ -171,13 +171,13 @@ def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path, monkeypatch)
         return scope["run"]
 
     run = classification(PROFILE="quick", SCENES=str(scenes))
-    assert run.threshold(70.0) == 70 and run.figures.name == "quick"
+    assert run.threshold(70.0) == 70 and run.figures.name == "quick" and run.scenes is None
     run = classification(**both)
     assert run.checkpoint("pictures").path.parts[-3:] == ("own", "letters", "pictures.pt")
-    assert str(pictures) in str(run) and str(scenes) not in str(run)
-    run = settings.settings(environ=both)
-    assert run.checkpoint("segmentation-1").path.parts[-2] == "roads"
-    assert str(pictures) not in str(run) and str(scenes) in str(run)
+    assert run.digits.profile == "quick" and str(scenes) not in str(run)
+    run = settings.settings(environ={**both, "PROFILE": "full"})
+    assert run.checkpoint("segmentation-1").path.parts[-2] == "roads" and run.pictures is None
+    assert run.digits.profile == "full" and str(pictures) not in str(run)
     assert settings.settings(environ={"PICTURES": str(pictures)}).pictures == pictures
 
 

@@ -16,7 +16,7 @@ import report
 import settings
 import trials
 import utils
-from conftest import trained
+from conftest import train_giving
 
 
 @pytest.fixture
@@ -304,8 +304,13 @@ def test_composed_scenes_need_layers_that_fit(scenes, run):
     with pytest.raises(utils.UsageError, match="greys: scenes without layers can't be made anew"):
         recipes.Composed(backgrounds, 7, run)
     odd = replace(digits, images=digits.images[..., 1:, 1:])
-    with pytest.raises(utils.UsageError, match="backgrounds must be square, and wider .* even"):
-        recipes.Composed(replace(scenes, layers=(odd, backgrounds)), 7, run)
+    wide = replace(backgrounds, images=backgrounds.images[..., 2:, :])
+    for layers in ((odd, backgrounds), (digits, wide)):
+        composed = utils.compose_scenes(*layers, seed=0)
+        with pytest.raises(utils.UsageError, match="backgrounds must be square, and wider .* even"):
+            recipes.Composed(composed, 7, run)
+    with pytest.raises(utils.UsageError, match="the scenes are of another size than their layers"):
+        recipes.Composed(replace(scenes, layers=(digits, wide)), 7, run)
 
 
 def test_composed_scenes_take_statistics_as_plain_batches_do(scenes, run):
@@ -650,7 +655,7 @@ def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypat
 
 def test_a_variants_smoothing_reaches_its_loss(run, pictures, monkeypatch):
     seen, history = [], utils.History([(1, 1, 1, 1, 1, 1)], dict(device="a CPU"))
-    monkeypatch.setattr(utils, "train", trained(history, seen))
+    monkeypatch.setattr(utils, "train", train_giving(history, seen))
     batches = utils.Batches(pictures, 20, run)
     make = partial(nn.Sequential, nn.Flatten(), nn.Linear(3072, 10))
     variant = trials.Variant(make, batches, 1e-3, smoothing=0.2)
@@ -729,10 +734,18 @@ def test_trials_asks_the_full_data(profile, then, monkeypatch):
 
 
 def test_the_notebooks_ask_every_question_when_trials_runs_them(monkeypatch):
-    asked = []
+    asked, read = {}, report.notebook_definitions
+
+    def reads(notebook, tags):
+        compare = lambda question, *_: asked.setdefault(notebook, []).append(question)  # noqa: E731
+        monkeypatch.setattr(trials, "compare", compare)
+        read(notebook, tags)
+
     monkeypatch.setenv("PROFILE", "quick")
     monkeypatch.setattr(sys, "argv", ["trials.py"])
     monkeypatch.setattr(trials, "asked", None)
-    monkeypatch.setattr(trials, "compare", lambda question, *_: asked.append(question))
+    monkeypatch.setattr(report, "notebook_definitions", reads)
     trials.main()
-    assert sorted(asked) == sorted(trials.QUESTIONS)
+    classification, segmentation = list(trials.CLASSIFICATION), list(trials.SEGMENTATION)
+    assert asked["imageclassification.ipynb"] == classification
+    assert asked["imagesegmentation.ipynb"] == segmentation

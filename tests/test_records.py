@@ -49,7 +49,7 @@ def test_a_record_counts_all_epochs_and_tells_the_best_from_the_last(run, tmp_pa
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
     images = torch.zeros(6, 3, 1, 1, dtype=torch.uint8)
     mine = utils.Dataset("mine", "own", images, torch.arange(6) % 2, ("a", "b"))
-    batches = utils.Batches(mine, 2, run)
+    batches = utils.Batches(mine, 2, run, seed=3)
     epochs = [(1, 2.0, 1.0, 50.0, 80.0, 0.5), (2, 3.0, 0.8, 60.0, 90.0, 0.25)]
     facts = dict(device="an abacus", torch="2.14", commit="c0ffee", date="2026-11-28")
     history = utils.History([*epochs, (3, 4.0, 0.7, 70.0, 85.0, 0.75)], facts)
@@ -57,6 +57,7 @@ def test_a_record_counts_all_epochs_and_tells_the_best_from_the_last(run, tmp_pa
     made = report.record_run("mine", run, model, optimizer, None, batches, batches, history, 7.0)
     assert (made["best_accuracy"], made["best_epoch"], made["final_accuracy"]) == (90, 2, 85)
     assert (made["train_seconds"], made["evaluation_seconds"]) == (9, 1.5)
+    assert made["seed"] == 3
     assert made["epochs"] == 3 and made["flops"] == 3 * 6 * 6 * 6  # epochs, images, 3 x 2 weights
     plt.close("all")
 
@@ -182,7 +183,7 @@ def test_figures_are_drawn_again_from_the_results(recorded, tmp_path):
     assert (folder / "mnist.png").read_bytes() == before
 
 
-def test_the_faults_on_record_are_many_and_nothing_was_lost(on_record):
+def test_the_faults_on_record_are_many_and_nothing_was_lost():
     counts = json.loads((ROOT / "figures" / "faults.json").read_text(encoding="utf-8"))
     assert counts["kills"] >= 50 and counts["inputs"] >= 2000
     assert counts["lost"] == counts["failed_tests"] == 0

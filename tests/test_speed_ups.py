@@ -269,7 +269,7 @@ def test_replayed_graphs_learn_as_ordinary_steps_do(classification, digits, muon
         losses[replayed] = [e.loss for e in history]
         assert (len(replays) > 50) == run.graphs  # never in float16
     # on a CPU, losses from weights 1e-7 apart end up to 0.15 apart
-    assert losses[True] == pytest.approx(losses[False], rel=0.3, abs=0.05)
+    assert losses[True] == pytest.approx(losses[False], rel=0.3)
     assert losses[True][-1] < losses[True][0] / 2
 
 
@@ -280,7 +280,8 @@ def test_stacked_filters_step_as_single_ones_do(device, segmentation, monkeypatc
         return [[w for w in self.filters if w.shape == shape] for shape in shapes]
 
     steps = []
-    for stacks in (of_one_shape, lambda self: [[w] for w in self.filters]):
+    first = recipes.Muon.stacks if device == "cuda" else of_one_shape
+    for stacks in (first, lambda self: [[w] for w in self.filters]):
         monkeypatch.setattr(recipes.Muon, "stacks", stacks)
         torch.manual_seed(0)
         model = segmentation.Segmenter(segmentation.fourth, 16).to(device)
