@@ -6,13 +6,12 @@
 Images are uint8 until a batch is made; accuracies are percentages; times are seconds. What a run
 leaves behind (record, figure, pictures) is report.py's, the quick profile's data is samples.py's,
 your own is owndata.py's; files.py downloads and checks, checkpoints.py goes on where a run stopped;
-graphs.py replays steps on a GPU; settings.py reads the README's variables and chooses device and
-precision.
+checks.py refuses a model, a loss or labels that do not fit; graphs.py replays steps on a GPU;
+settings.py reads the README's variables and chooses device and precision.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import os
@@ -33,6 +32,7 @@ from torchvision.datasets import mnist
 
 import files
 from checkpoints import Checkpoint, RandomState, facts_of, guarded, out_of_memory, require_finite
+from checks import IGNORE, check_fit, check_loss, require_labels
 from files import UsageError
 from graphs import captured
 from progress import Progress
@@ -49,7 +49,6 @@ from settings import (
 from settings import settings as settings  # for the notebooks
 
 DIGITS = tuple("0123456789")
-IGNORE = 255  # the label of a pixel that neither the loss nor a score counts
 NOT_PUBLISHED = "not the published files"  # the source of another data set in MNIST's files
 REPORT_EVERY = 25  # iterations between two reports, as in the write-up
 
@@ -146,14 +145,6 @@ class Dataset:
         return f"{self.name} ({self.source}): {size}, {kind} of {len(self.classes)} classes"
 
     __repr__ = __str__
-
-
-def require_labels(labels: Tensor, classes: int, whose: str) -> None:
-    """Refuse labels that are neither a class nor IGNORE."""
-    wrong = (labels < 0) | (labels >= classes) & (labels != IGNORE)
-    if wrong.any():
-        first, where = labels[wrong][0].item(), f"out of range 0 to {classes - 1}"
-        raise UsageError(f"{whose}: {int(wrong.sum())} labels are {where}, {first} for one.")
 
 
 def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -576,63 +567,6 @@ def _tally(totals: Tensor, logits: Tensor, labels: Tensor, loss: Tensor) -> None
     summed = torch.where(counted > 0, loss.detach().double() * counted, 0.0)  # of none it is NaN
     totals[:3].add_(torch.stack([summed, correct, counted]))
     totals[3:].add_(totals[:1].isfinite())
-
-
-def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
-    """How many classes the model scores; data that it can't be trained or scored on is refused.
-
-    Two images of the first batch are tried; the model is left in evaluation mode.
-    """
-    name, dataset = type(model).__name__, getattr(batches, "dataset", None)
-    if len(batches) == 0:
-        raise UsageError("There are no batches.")
-    random = RandomState(batches)
-    before = random.state_dict()  # a DataLoader draws its order
-    images, labels = next(iter(batches))
-    random.load_state_dict(before)
-    images, labels = images[:2].to(run.device), labels[:2].to(run.device)
-    if (images.dtype, labels.dtype) != (torch.float32, torch.int64):
-        found = f"{dtype_name(images.dtype)} and {dtype_name(labels.dtype)}"
-        raise UsageError(f"A batch must be float32 images and int64 labels, not {found}.")
-    try:
-        with torch.no_grad():
-            logits = model.eval()(images)
-    except (RuntimeError, ValueError) as error:
-        shape = tuple(images.shape[1:])
-        raise UsageError(
-            out_of_memory(error) or f"{name} can't take images of shape {shape}: {error}."
-        ) from None
-    if not isinstance(logits, Tensor):
-        raise UsageError(f"{name} must return logits, a Tensor, not {type(logits).__name__}.")
-    if logits.ndim < 2 or (len(logits), *logits.shape[2:]) != labels.shape:
-        given, needed = tuple(logits.shape[1:]), tuple(labels.shape[1:])
-        raise UsageError(
-            f"{name} gives scores of shape {given} for an image, where a label's shape is {needed}"
-            f": it should give (classes{''.join(f', {side}' for side in needed)})."
-        )
-    if logits.shape[1] > IGNORE:
-        has = f"{logits.shape[1]} classes: {IGNORE} at most, for label {IGNORE} means ignored"
-        raise UsageError(f"{name} gives scores for {has}.")
-    if isinstance(dataset, Dataset):
-        if logits.shape[1] < len(dataset.classes):
-            has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
-            raise UsageError(f"{name} gives scores for {has}: make its last layer that wide.")
-        if not (dataset.labels != IGNORE).any():
-            raise UsageError(f"{dataset.name}: every label is {IGNORE}, which is ignored.")
-    return logits.shape[1]
-
-
-def check_loss(loss_function: Callable) -> None:
-    """Refuse a loss that takes no `ignore_index` when it is called, as nn.CrossEntropyLoss()."""
-    try:
-        signature = inspect.signature(getattr(loss_function, "forward", loss_function))
-    except ValueError:  # what is compiled cannot be looked into
-        return
-    try:
-        signature.bind(None, None, ignore_index=IGNORE)
-    except TypeError:
-        takes = "(logits, labels, ignore_index), as nn.functional.cross_entropy does"
-        raise UsageError(f"loss_function must take {takes}: {loss_function} does not.") from None
 
 
 def one_cycle(

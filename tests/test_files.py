@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+import checks
 import files
 import owndata
 import utils
@@ -769,7 +770,7 @@ def test_a_loss_must_take_what_is_ignored(run, tally):
     parts = model, optimizer, batches, batches, 1, run
     with pytest.raises(utils.UsageError, match=r"loss_function must take .* CrossEntropyLoss\(\)"):
         utils.train(*parts, loss_function=torch.nn.CrossEntropyLoss())
-    utils.check_loss(max)  # a builtin: it cannot be looked into
+    checks.check_loss(max)  # a builtin: it cannot be looked into
     tally.add("faults")
 
 
