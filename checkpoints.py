@@ -7,6 +7,7 @@ Training then starts from what it finds, if that is the same run; `utils.train` 
 from __future__ import annotations
 
 import contextlib
+import dis
 import gc
 import io
 import math
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from files import UsageError, reason, write_whole
+from files import UsageError, reason, rename, write_whole
 
 if TYPE_CHECKING:  # it imports this module
     from utils import History
@@ -173,7 +174,7 @@ class Checkpoint:
                 if problems:
                     print(f"{problems[0]}; going on from the one before it.")
                     with contextlib.suppress(FileNotFoundError):  # another process was faster
-                        self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+                        rename(self.path, self.path.with_name(f"{self.path.name}.damaged"))
                 return state
         if problems:
             raise UsageError(f"{' and '.join(problems)}: {self.way_out}.")
@@ -232,7 +233,7 @@ def facts_of(model: nn.Module, optimizer, schedule, scaler, random, **others) ->
             f"{name} {tuple(v.shape)} {v.dtype}" for name, v in model.state_dict().items()
         ),
     }
-    return {name: re.sub(r" at 0x[0-9a-f]+", "", text) for name, text in facts.items()}
+    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for name, text in facts.items()}
 
 
 # what changes no result, and a key that AdamW's groups have from torch 2.7 on
@@ -262,10 +263,24 @@ def _describe(value) -> str:
         return value.__qualname__  # its constants hold its docstring, which a version may change
     code = getattr(value, "__code__", None)
     if code is not None:
-        constants = [c for c in code.co_consts if isinstance(c, (int, float, str, tuple))]
-        constants = [c for c in constants if c != value.__doc__]
-        return f"{value} {code.co_names} {constants}"
+        return f"{value} {code.co_names} {_constants(code)}"
     return str(value)
+
+
+def _constants(code) -> list:
+    """The numbers, texts and tuples of numbers in a function, in the order of their use.
+
+    Not of its co_consts, which in Python 3.14 lack small whole numbers: this list is the same in
+    3.11 to 3.14, unless there are slices with bounds.
+    """
+    loads = ("LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST")
+    used = [i.argval for i in dis.get_instructions(code) if i.opname in loads]
+    return [c for c in used if isinstance(c, (int, float, str)) or _numbers(c)]
+
+
+def _numbers(value) -> bool:
+    """Whether it is a tuple of numbers alone: the names of arguments are a tuple, too."""
+    return isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value)
 
 
 def _describe_schedule(schedule) -> str:

@@ -84,7 +84,7 @@ def load_folder(
     if not os.path.isdir(folder):
         raise UsageError(f"{folder} is no folder: it needs a folder of images for each class.")
     classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
-    inside = [(p, n) for n, c in enumerate(classes) for p in sorted((folder / c).glob("[!.]*"))]
+    inside = [(path, n) for n, name in enumerate(classes) for path in _listed(folder / name)]
     found = [(path, n) for path, n in inside if path.suffix.lower() in IMG_EXTENSIONS]
     others = [path for path, _ in inside if path.suffix.lower() not in IMG_EXTENSIONS]
     if deep := [path for path in others if path.is_dir()]:
@@ -107,6 +107,12 @@ def load_folder(
     return Dataset(name, "own", pixels, labels[kept], tuple(classes))
 
 
+def _listed(folder: Path) -> list[Path]:
+    """What a folder holds, by name, but for what systems hide there; nothing if it is not there."""
+    seen = [p for p in folder.glob("[!.]*") if p.name.lower() not in ("thumbs.db", "desktop.ini")]
+    return sorted(seen, key=lambda path: path.name)  # Windows' own order ignores case
+
+
 def load_pairs(
     images: str | Path,
     masks: str | Path,
@@ -124,7 +130,7 @@ def load_pairs(
     """
     paths = []
     for folder in (Path(images), Path(masks)):
-        found = sorted(path for path in folder.glob("[!.]*") if path.is_file())
+        found = [path for path in _listed(folder) if path.is_file()]
         paths.append({path.stem: path for path in found})
         if not found:
             raise UsageError(f"{folder} is empty or not there: it needs an image for each scene.")

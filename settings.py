@@ -169,6 +169,8 @@ def settings(
         paths["pictures" if scenes else "scenes"] = None
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
         paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
+    if sys.platform == "darwin":  # there NNPACK slows convolutions down (pytorch issue 107534)
+        torch.backends.nnpack.set_flags(False)
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     named = value["PRECISION"]
     precision = getattr(torch, named) if named else best_precision(device)
@@ -299,6 +301,8 @@ def _processor() -> str:
 @cache
 def commit() -> str:
     """The commit this checkout is at, with -dirty where files beside figures/ differ from it."""
+    if not (ROOT / ".git").exists():  # of an outer repository, or on a Mac without git's tools
+        return "unknown"
     options = dict(cwd=ROOT, capture_output=True, text=True)
     try:
         command = ["git", "rev-parse", "--short=12", "HEAD"]

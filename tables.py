@@ -203,7 +203,7 @@ def main() -> None:
     (FIGURES / "scenes.png").write_bytes(scenes())
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        (ROOT / page).write_text(fill(text), encoding="utf-8")
+        (ROOT / page).write_text(fill(text), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import checkpoints
+import files
 import report
 import settings
 import utils
@@ -353,6 +354,12 @@ def test_another_version_of_torch_is_no_other_run():
         exec(f'def loss(scores):\n    "{text}"\n    return 1000 * scores', own := {})
         described.add(checkpoints._describe(own["loss"]).partition(">")[2])
     assert described == {" () [1000]"}
+
+    def loss(scores):
+        return F.nll_loss(2 * scores.sum((0, 1)), reduction="sum") / 0.5
+
+    # in Python 3.14 the 2 is not among a function's co_consts, in 3.11 "reduction" is
+    assert checkpoints._describe(loss).endswith(" [2, (0, 1), 'sum', 0.5]")
     optimizer = torch.optim.SGD(victim.model().parameters(), 0.1)
     schedule = utils.one_cycle(optimizer, range(10), 3, 0.1)
     before = checkpoints._describe_schedule(schedule)
@@ -360,6 +367,18 @@ def test_another_version_of_torch_is_no_other_run():
     assert checkpoints._describe_schedule(schedule) == before
     assert before != checkpoints._describe_schedule(utils.one_cycle(optimizer, range(10), 3, 0.2))
     assert before != checkpoints._describe_schedule(utils.one_cycle(optimizer, range(10), 4, 0.1))
+
+
+@pytest.mark.parametrize(
+    "address", ["0x7f3c5a1be0d0", "0x000001D5C3B7F0A0"]
+)  # Windows' is the last
+def test_where_a_loss_lies_in_memory_makes_no_other_run(address):
+    model = victim.model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    parts = model, optimizer, None, torch.amp.GradScaler("cpu"), checkpoints.RandomState()
+    loss = f"functools.partial(<function dice at {address}>, weight=2)"  # as text
+    facts = checkpoints.facts_of(*parts, loss=loss)
+    assert facts["loss"] == "functools.partial(<function dice>, weight=2)"
 
 
 def test_where_a_schedule_is_makes_no_other_run():
@@ -893,10 +912,35 @@ def test_a_quota_keeps_the_checkpoint_before(uninterrupted, tmp_path, tally):
 
 def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, tally):
     (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", "/proc/here"):
+    for folder in (tmp_path / "file", "/proc/here")[: 2 if os.name == "posix" else 1]:
         with pytest.raises(utils.UsageError, match="cannot be written to .*CHECKPOINT_DIR"):
             victim.fit(folder, loss=fails_at(1, 1, lambda loss: pytest.fail("it trained")))
         tally.add("faults")
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "passes"),
+    [(5, 2, True), (32, 2, True), (5, 3, False), (None, 1, False)],  # Windows'; another system's
+)
+def test_what_is_open_in_windows_is_renamed_once_it_is_closed(
+    number, times, passes, tmp_path, monkeypatch, tally
+):
+    busy, rename = PermissionError(errno.EACCES, "Access is denied"), Path.replace
+    busy.winerror = number
+    problems = times * [busy]
+
+    def replace(path, new):
+        if problems:
+            raise problems.pop()
+        return rename(path, new)
+
+    files.write_whole(tmp_path / "kept", b"old")
+    monkeypatch.setattr(files, "RENAME_PAUSES", (0.001, 0.001))
+    monkeypatch.setattr(Path, "replace", replace)
+    with contextlib.nullcontext() if passes else pytest.raises(PermissionError):
+        files.write_whole(tmp_path / "kept", b"new")
+    assert (tmp_path / "kept").read_bytes() == (b"new" if passes else b"old")
+    tally.add("faults")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nothing is read-only to root")

@@ -237,14 +237,6 @@ def test_full_data_is_read_from_files(full_data, run):
     assert (len(scenes), len(scenes_test), len(scenes.classes)) == (100, 40, 20)
 
 
-def test_pictures_of_two_sizes_are_refused_by_name(tmp_path):
-    for name, size in (("cat", (32, 32)), ("dog", (30, 20))):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", size).save(tmp_path / name / "0.png")
-    with pytest.raises(utils.UsageError, match="dog/0.png is 30x20 but .*cat/0.png is 32x32"):
-        owndata.load_folder(tmp_path, "mine")
-
-
 def test_folders_with_jpegs_are_called_a_jpeg_copy(run, tmp_path):
     folder = tmp_path / "cifar10"
     for part in ("train", "test"):

@@ -12,6 +12,10 @@ import report
 import utils
 from conftest import ROOT, RUNS, export
 
+windows_cannot = pytest.mark.skipif(
+    sys.platform == "win32", reason="torchrun does not start there (pytorch issue 148283)"
+)
+
 
 def start(processes, script, *arguments, cwd, **environ):
     """Run a script alone or by torchrun; returns what it printed."""
@@ -32,6 +36,7 @@ def start(processes, script, *arguments, cwd, **environ):
     return done.stdout
 
 
+@windows_cannot
 def test_two_processes_train_as_one_does(tmp_path):
     results, script = {}, ROOT / "tests" / "together.py"
     for processes in (1, 2):
@@ -61,6 +66,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert loaded["confusion"] == two["confusion"]
 
 
+@windows_cannot
 @pytest.mark.parametrize("notebook, passed", [("imageclassification", 2), ("imagesegmentation", 1)])
 def test_a_notebook_runs_under_torchrun(notebook, passed, tmp_path):
     export(notebook, tmp_path, questions=set())

@@ -526,7 +526,8 @@ def test_masks_are_matched_with_upright_images_and_hidden_files_are_left_alone(t
     exif[ExifTags.Base.Orientation] = 8
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / ".DS_Store").write_bytes(b"no image")
+        for hidden in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (tmp_path / folder / hidden).write_bytes(b"no image")
     mask = Image.fromarray((np.arange(128) % 2).astype(np.uint8).reshape(16, 8))
     for name in ("one", "two"):
         Image.new("RGB", (16, 8)).save(tmp_path / "images" / f"{name}.jpg", exif=exif)
@@ -554,6 +555,9 @@ def test_nothing_that_could_be_read(tmp_path):
         owndata.load_folder(root, "mine", skip_unreadable=True)
 
 
+DIFFER = r"dog.0\.png is 9x9 but .*cat.0\.png is 12x10"
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -561,7 +565,7 @@ def test_nothing_that_could_be_read(tmp_path):
         (lambda root: root.mkdir(), "needs a folder of images for each class"),
         (lambda root: folders(root).joinpath("bird").mkdir(), "bird has no image that can be read"),
         (lambda root: folders(root, names=("cat",)), "there is one class only \\(cat\\)"),
-        (lambda root: folders(root, names=("cat",)) and folders(root, 1, (9, 9), ("dog",)), "9x9"),
+        (lambda root: folders(root, names=("cat",)) and folders(root, 1, (9, 9), ("dog",)), DIFFER),
     ],
 )
 def test_folders_that_will_not_do(make, sentence, tmp_path, tally):

@@ -276,5 +276,5 @@ def test_pytest_trains_anew_unless_a_folder_is_named(tmp_path, monkeypatch):
 def test_pytest_alone_passes_the_notebooks_by():
     command = [sys.executable, "-m", "pytest", "-m", "faults", "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "test_kills.py" in done.stdout, done.stderr
+    assert done.returncode == 0 and "test_checkpoints.py" in done.stdout, done.stderr
     assert ".ipynb" not in done.stdout

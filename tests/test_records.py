@@ -64,7 +64,7 @@ def test_a_record_counts_all_epochs_and_tells_the_best_from_the_last(run, tmp_pa
 
 def test_a_quick_run_writes_only_to_its_own_folder(recorded, tmp_path):
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
-    written = sorted(str(p.relative_to(tmp_path)) for p in files)
+    written = sorted(p.relative_to(tmp_path).as_posix() for p in files)
     assert written == ["figures/quick/mnist.png", "figures/quick/results.json"]
     assert json.loads((tmp_path / written[1]).read_text()) == [recorded]
 
