@@ -4,23 +4,16 @@ import os
 import shutil
 import tempfile
 
-_made = None
-
 
 def pytest_addoption(parser):
     parser.addoption("--screenshots", metavar="FOLDER", help="where `-m browser` leaves pictures")
 
 
 def pytest_configure(config):
-    global _made
     if "CHECKPOINT_DIR" not in os.environ:
-        _made = os.environ["CHECKPOINT_DIR"] = tempfile.mkdtemp(prefix="checkpoints-")
+        made = os.environ["CHECKPOINT_DIR"] = tempfile.mkdtemp(prefix="checkpoints-")
+        config.add_cleanup(lambda: os.environ.pop("CHECKPOINT_DIR", None))
+        config.add_cleanup(lambda: shutil.rmtree(made, ignore_errors=True))
     nbval = config.getoption("nbval", False) or config.getoption("nbval_lax", False)
     if config.args_source is config.ArgsSource.TESTPATHS and not nbval:
         config.args = [path for path in config.args if not path.endswith(".ipynb")]
-
-
-def pytest_unconfigure(config):
-    if _made:
-        os.environ.pop("CHECKPOINT_DIR", None)
-        shutil.rmtree(_made, ignore_errors=True)

@@ -232,7 +232,7 @@ def _classes(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """(labels with IGNORE for `ignore`, names of the classes: those given, or numbers)."""
     if ignore != IGNORE:
-        labels = torch.where(labels == ignore, IGNORE, labels).to(labels.dtype)
+        labels = labels.masked_fill(labels == ignore, IGNORE)
     counted = labels[labels != IGNORE].unique()
     if len(counted) < 2:
         only = ", ".join(str(label) for label in counted.tolist()) or "none"

@@ -378,7 +378,7 @@ def summary(records: Sequence[dict]) -> str:
 def class_counts(dataset: Dataset) -> str:
     """How many images, or pixels, each class has."""
     labels = dataset.labels[dataset.labels != IGNORE]
-    counts = torch.bincount(labels.flatten().long(), minlength=len(dataset.classes))
+    counts = torch.bincount(labels.long(), minlength=len(dataset.classes))
     unit = "pixels" if dataset.labels.ndim == 3 else "images"
     rows = [f"{name}: {n:,}" for name, n in zip(dataset.classes, counts.tolist(), strict=True)]
     return f"{unit} of each class: " + ", ".join(rows)
@@ -546,8 +546,8 @@ def show_prediction(
     if not isinstance(picture, Tensor):
         if channels not in (1, 3):
             raise UsageError(f"{dataset.name} has {channels} channels: {picture} must be a Tensor.")
-        mode, size = ("L", "RGB")[channels == 3], (width, height)
-        pixels = read_image(picture, mode, size).reshape(height, width, channels)
+        mode = "RGB" if channels == 3 else "L"
+        pixels = read_image(picture, mode, (width, height)).reshape(height, width, channels)
         picture = torch.from_numpy(pixels).permute(2, 0, 1)
     batch = Dataset("picture", "own", picture[None], torch.zeros(1).long(), dataset.classes)
     images, _ = next(iter(Batches(batch, 1, run, statistics)))
@@ -583,9 +583,9 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
     scenes = torch.linspace(0, len(dataset) - 1, count).long()
     photographs = dataset.images[scenes, :3].permute(0, 2, 3, 1).numpy() / 255
     painted = {title: palette[labels[scenes].numpy()] for title, labels in maps.items()}
-    first, *others = painted
+    first = next(iter(maps))
     rows = {"image": photographs, f"{first}, overlaid": 0.4 * photographs + 0.6 * painted[first]}
-    rows |= {title: painted[title] for title in (first, *others)}
+    rows |= painted
 
     size = (1.3 * count + 1.4, 1.3 * len(rows))
     figure, grid = plt.subplots(len(rows), count, figsize=size, layout="constrained", squeeze=False)
@@ -603,7 +603,7 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
 
 def _commonest(labels: Tensor, classes: Sequence[str]) -> str:
     """The two commonest classes of those that have a thirtieth of a label map's (H, W) pixels."""
-    labels = labels[labels != IGNORE].flatten().long()
+    labels = labels[labels != IGNORE].long()
     counts = torch.bincount(labels, minlength=2).topk(2)
     pairs = zip(counts.values.tolist(), counts.indices.tolist(), strict=True)
     return ", ".join(classes[c] for count, c in pairs if count and 30 * count >= len(labels))

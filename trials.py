@@ -86,11 +86,10 @@ def compare(
     seeds = seeds or run.pick(full=(0, 1, 2), quick=(0, 1))
     if len(seeds) < 2:
         raise UsageError(f"{question}: one seed has no spread; give two or more.")
-    own = validation.dataset.source == "own"
     if asked is not None and question not in asked:
         return f"{question}: not run now."
     record = [row for row in load(full) if row["question"] == question]
-    if own:
+    if validation.dataset.source == "own":
         text = "Not run on your own data."
     elif asked is None and run.profile != "quick":
         text = f"Not run in the {run.profile} profile: `python trials.py {question}` does that."

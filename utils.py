@@ -195,9 +195,9 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     its stand-in: 3,000 + 1,000 patches of ten photographs. In any profile your own pictures where
     PICTURES names their folder, brought to 32x32. Missing files are downloaded. Raises UsageError.
     """
-    if run.pictures:
-        import owndata  # only here: it makes data sets, so it needs this module
+    import owndata  # only here: it makes data sets, so it needs this module
 
+    if run.pictures:
         return owndata.load_pictures(run.pictures, size=32)
     if run.profile == "quick":
         import samples  # only here: the other profiles need none of its packages
@@ -205,8 +205,6 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
         return samples.load_photographs()
     folder = run.data_dir / "cifar10"
     if all(os.path.isdir(folder / part) for part in ("train", "test")):
-        import owndata
-
         jpeg = any(file.suffix.lower() in (".jpg", ".jpeg") for file in folder.rglob("*"))
         source = "JPEG copy" if jpeg else "PNG folders"
         parts = owndata.load_pictures(folder, name="CIFAR-10")
@@ -214,12 +212,13 @@ def load_cifar10(run: Settings) -> tuple[Dataset, Dataset]:
     if not os.path.isdir(run.data_dir / "cifar-10-batches-py"):
         files.fetch("CIFAR-10", run.data_dir)
     files.check_cifar10(run.data_dir / "cifar-10-batches-py")
-    parts = [torchvision.datasets.CIFAR10(run.data_dir, train) for train in (True, False)]
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    return tuple(
-        Dataset("CIFAR-10", "full", image, torch.tensor(part.targets), tuple(part.classes))
-        for image, part in zip(images, parts, strict=True)
-    )
+
+    def read(train: bool) -> Dataset:  # of the files that were checked
+        part = torchvision.datasets.CIFAR10(run.data_dir, train)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return Dataset("CIFAR-10", "full", images, torch.tensor(part.targets), tuple(part.classes))
+
+    return read(train=True), read(train=False)
 
 
 def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
@@ -428,8 +427,8 @@ class History(list):
     def add(self, epoch: Epoch, run: Settings) -> None:
         """Append an epoch that was trained here and now."""
         self.append(epoch)
-        version = str(torch.__version__)
-        here = dict(device=hardware_name(run.device), torch=version, commit=commit())
+        device = hardware_name(run.device)
+        here = dict(device=device, torch=str(torch.__version__), commit=commit())
         for fact, value in here.items():
             before = self.made.setdefault(fact, value)
             if before.split(", then ")[-1] != value:

@@ -55,10 +55,9 @@ class PlainData(torchvision.datasets.VisionDataset):
 
     def __init__(self, dataset: utils.Dataset, statistics, moved: bool = False):
         crop = v2.RandomCrop(dataset.images.shape[2:], padding=4, padding_mode="reflect")
-        both = v2.Compose([crop, v2.RandomHorizontalFlip()]) if moved else None
         to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*statistics)])
         super().__init__(root=None, transform=to_tensor)
-        self.moves = both
+        self.moves = v2.Compose([crop, v2.RandomHorizontalFlip()]) if moved else None
         self.data = dataset.images.permute(0, 2, 3, 1).squeeze(-1).contiguous().numpy()
         self.targets = (
             dataset.labels.tolist() if dataset.labels.ndim == 1 else dataset.labels.long()
@@ -248,21 +247,12 @@ def throughput(task: Task, run: settings.Settings, rounds: int) -> list[dict]:
     ours = "input, moved" if task.moved else "input"  # as it trains
     pairs = zip((times["input"][0], times[ours][1]), times["training"], strict=True)
     shares = [[100 * steps * i / t for i, t in zip(*pair, strict=True)] for pair in pairs]
+    still, moved = (rate(kind, task.batch_size) for kind in ("input", "input, moved"))
     rows = [
         compare(task, "training", *rate("training", count), "images/s"),
         compare(task, "evaluation", *rate("evaluation", len(validation)), "images/s"),
-        compare(
-            task,
-            "input alone, neither flipped nor moved",
-            *rate("input", task.batch_size),
-            "images/s",
-        ),
-        compare(
-            task,
-            "input alone, flipped and moved",
-            *rate("input, moved", task.batch_size),
-            "images/s",
-        ),
+        compare(task, "input alone, neither flipped nor moved", *still, "images/s"),
+        compare(task, "input alone, flipped and moved", *moved, "images/s"),
         compare(task, "input's share of a step", *shares, "%"),
     ]
     if [None] not in memory:

@@ -26,6 +26,11 @@ RUNS = {  # what each notebook trains and records
     "imageclassification": ["cifar10", "cifar10-94", "cifar10-96", "mnist", "mnist-best"],
     "imagesegmentation": [f"segmentation-{n}" for n in (1, 2, 3, 4, "best")],
 }
+NOTEBOOKS = [f"{name}.ipynb" for name in RUNS]
+FIELDS = """run profile best_accuracy best_epoch final_accuracy official_test_accuracy
+    train_seconds evaluation_seconds dataset source split model parameters multiply_adds flops
+    epochs planned_epochs batch_size optimizer schedule augmentation precision seed device torch
+    commit date history""".split()  # of a record
 sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
@@ -64,32 +69,38 @@ def train_giving(history, seen=None):
     return train
 
 
-def copy_modules(folder, questions=None):
-    """What the notebooks import, beside their copies; `questions` are all that is asked then."""
-    for file in ROOT.glob("*.py"):
+def export(name, folder, questions=None):
+    """A notebook as a script, with what it imports; `questions` are all that is asked then."""
+    for file in ROOT.glob("*.py"):  # first: an older script of that name may lie among them
         shutil.copy(file, folder)
     if questions is not None:  # all of them take longest
         with (folder / "trials.py").open("a", encoding="utf-8") as trials:
             trials.write(f"\nasked = {questions!r}\n")
-
-
-def export(name, folder, questions=None):
-    """A notebook as a script, with what it imports."""
-    copy_modules(folder, questions)  # first: an older script of that name may lie among them
     command = [sys.executable, "-m", "nbconvert", "--to", "script", "--output-dir", folder]
     subprocess.run([*command, ROOT / f"{name}.ipynb"], check=True, capture_output=True)
 
 
+def run_python(*command, cwd, timeout=None, **environ):
+    """What Python prints that is started with these arguments, and ends well."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def skip_unless_committed(*files):
     """Skip the test where these files are, or may be, someone's own."""
-    options = dict(cwd=ROOT, check=True, capture_output=True)
-    try:
-        assert (ROOT / ".git").exists()
-        subprocess.run(["git", "rev-parse", "--verify", "HEAD"], **options)
-    except (AssertionError, OSError, subprocess.CalledProcessError):
-        pytest.skip(f"without git and a commit nobody can tell whose runs {files} hold")
-    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *files], cwd=ROOT).returncode:
-        pytest.skip(f"{files} differ from what is committed: runs of your own?")
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip(f"without git nobody can tell whose runs {files} hold")
+    command = ["git", "diff", "--quiet", "HEAD", "--", *files]
+    if subprocess.run(command, cwd=ROOT, capture_output=True).returncode:
+        pytest.skip(f"{files} differ from what is committed, or nothing is: runs of your own?")
 
 
 class Tally(collections.Counter):
@@ -103,6 +114,15 @@ class Tally(collections.Counter):
 
 
 counts = Tally(kills=0, inputs=0, faults=0, lost=0)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is shown, figure after figure."""
+    figures = []
+    monkeypatch.setattr(report.plt, "show", lambda: figures.append(report.plt.gcf()))
+    yield figures
+    report.plt.close("all")
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.browser
-NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
 
 
 @pytest.fixture(scope="module")

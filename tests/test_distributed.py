@@ -1,8 +1,6 @@
 """Two processes on the CPU do what one does: same batches, same losses, same checkpoint."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +8,7 @@ import victim
 
 import report
 import utils
-from conftest import ROOT, RUNS, export
+from conftest import ROOT, RUNS, export, run_python
 
 windows_cannot = pytest.mark.skipif(
     sys.platform == "win32", reason="torchrun does not start there (pytorch issue 148283)"
@@ -19,21 +17,10 @@ windows_cannot = pytest.mark.skipif(
 
 def start(processes, script, *arguments, cwd, **environ):
     """Run a script alone or by torchrun; returns what it printed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = together if processes > 1 else []
     here = dict(PROFILE="quick", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    environ = {**os.environ, **here, **environ}
-    done = subprocess.run(
-        [*command, script, *arguments],
-        cwd=cwd,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python(*launcher, script, *arguments, cwd=cwd, timeout=300, **here, **environ)
 
 
 @windows_cannot

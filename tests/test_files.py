@@ -1,5 +1,6 @@
 """Downloads that go wrong in every way, damaged files, and a sentence for each."""
 
+import dataclasses
 import errno
 import gzip
 import hashlib
@@ -7,6 +8,7 @@ import http.server
 import io
 import os
 import pickle
+import shutil
 import signal
 import tarfile
 import threading
@@ -17,6 +19,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import victim
 from PIL import ExifTags, Image
 
 import checks
@@ -90,13 +93,13 @@ def serve():
     return server
 
 
-def cifar_archive(folder="cifar-10-batches-py"):
+def cifar_archive():
     """A small archive that looks like CIFAR-10's."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name in ("data_batch_1", "batches.meta"):
             content = name.encode() * 1000
-            member = tarfile.TarInfo(f"{folder}/{name}")
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
@@ -365,16 +368,12 @@ def test_an_archive_cut_short_is_refused(name, share, tmp_path, tally):
 
 
 def full(run, folder):
-    import dataclasses
-
     return dataclasses.replace(run, profile="full", data_dir=folder)
 
 
 @pytest.fixture
 def copy(full_data, tmp_path):
     """A copy of the small data sets, to be damaged."""
-    import shutil
-
     return Path(shutil.copytree(full_data, tmp_path / "copy"))
 
 
@@ -417,21 +416,11 @@ def test_the_published_files_are_told_from_others(copy, run, monkeypatch):
     assert sources == {utils.NOT_PUBLISHED}  # an image changed: no longer MNIST, in no scene either
 
 
-class Canary:
-    """A pickle that leaves a trace when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def test_pickles_that_are_not_cifar10s_are_not_unpickled(tmp_path, run, tally):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"]:
-        (folder / name).write_bytes(pickle.dumps(Canary(tmp_path / "hacked")))
+        (folder / name).write_bytes(pickle.dumps(victim.Program(tmp_path / "hacked")))
     with pytest.raises(utils.UsageError, match="data_batch_1 is not as published: delete"):
         utils.load_cifar10(full(run, tmp_path))
     (folder / "data_batch_1").unlink()
@@ -498,7 +487,7 @@ def test_hidden_folders_are_no_class(tmp_path):
     assert owndata.load_folder(root, "mine").classes == ("cat", "dog")
 
 
-def test_a_class_that_cannot_be_read_is_named(tmp_path, capsys):
+def test_a_class_that_cannot_be_read_is_named(tmp_path):
     root = folders(tmp_path / "pictures", names=("cat", "dog"))
     for file in (root / "dog").iterdir():
         file.write_bytes(b"no image")
@@ -575,12 +564,12 @@ def test_folders_that_will_not_do(make, sentence, tmp_path, tally):
     tally.add("faults")
 
 
-def pairs(root, count=3):
+def pairs(root):
     """Images and masks of one size."""
     random = np.random.default_rng(0)
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)
-    for number in range(count):
+    for number in range(3):
         pixels = random.integers(256, size=(10, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"{number}.jpg", quality=95)
         mask = Image.fromarray(random.choice([0, 1, 255], size=(10, 12)).astype(np.uint8))

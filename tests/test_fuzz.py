@@ -5,6 +5,7 @@ in and left out in real files of every kind that is read here; some inputs are b
 JPEG has no checksum, so a changed byte in one can't be told; a JPEG cut short is (test_files.py).
 """
 
+import dataclasses
 import hashlib
 import shutil
 import signal
@@ -94,8 +95,6 @@ both = pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mar
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
 def test_idx(name, count, full_data, run, tmp_path, tally, monkeypatch):
     """With the hashes of the small files for the published ones: only the same bytes are MNIST."""
-    import dataclasses
-
     folder = shutil.copytree(full_data / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
     known = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in files.MNIST_FILES}
     monkeypatch.setattr(files, "MNIST_FILES", known)

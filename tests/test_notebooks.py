@@ -1,7 +1,6 @@
 """The notebooks run as plain scripts, in the full profile too, and read as notebooks should."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,7 @@ from torch import nn
 import recipes
 import report
 import utils
-from conftest import ROOT, RUNS, cell_with, export, train_giving
-
-NOTEBOOKS = ["imageclassification.ipynb", "imagesegmentation.ipynb"]
+from conftest import NOTEBOOKS, ROOT, RUNS, cell_with, export, run_python, train_giving
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -29,20 +26,10 @@ def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
     """All models at their full width, on tiny files in the full data's formats; no threshold."""
     stem = name.removesuffix(".ipynb")
     export(stem, tmp_path, questions={"mnist", "scenes"})
-    environ = dict(os.environ, PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
+    environ = dict(PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
     environ |= dict(MPLBACKEND="agg", CHECKPOINT_DIR=str(tmp_path / "kept"), THRESHOLD="0")
 
-    def run_script():
-        done = subprocess.run(
-            [sys.executable, f"{stem}.py"],
-            cwd=tmp_path,
-            env=environ,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    run_script = partial(run_python, f"{stem}.py", cwd=tmp_path, **environ)
     from_five_seeds = {"mnist-best", "cifar10-94"} & set(RUNS[stem])
     trained = len(RUNS[stem]) + 4 * len(from_five_seeds)
     assert run_script().count("epoch 1/1: ") == trained

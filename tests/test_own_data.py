@@ -23,7 +23,7 @@ import report
 import settings
 import utils
 from checkpoints import Checkpoint
-from conftest import ROOT, cell_with, export
+from conftest import ROOT, cell_with, export, run_python
 
 ROADS = (
     "sky building pole road pavement tree sign fence car pedestrian bicyclist unlabelled".split()
@@ -69,11 +69,8 @@ def run_notebook(name, folder, questions=None, **environ):
     """A notebook as a script, one epoch, no threshold; returns what it printed."""
     export(name, folder, questions)
     settings = dict(PROFILE="quick", EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg")
-    environ = {**os.environ, **settings, "CHECKPOINT_DIR": str(folder / "kept"), **environ}
-    command = [sys.executable, f"{name}.py"]
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environ = {**settings, "CHECKPOINT_DIR": str(folder / "kept"), **environ}
+    return run_python(f"{name}.py", cwd=folder, **environ)
 
 
 def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
@@ -301,36 +298,7 @@ def test_the_environment_sets_what_the_settings_cell_shows(tmp_path, monkeypatch
     assert "no image flipped" in str(run)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("THRESHOLD", "high"),
-        ("THRESHOLD", "101"),
-        ("SIZE", "33"),
-        ("SIZE", "00"),
-        ("SIZE", "8"),  # a model that halves three times has single pixels then
-        ("FLIP", "no"),
-        ("RESUME", "2"),
-        ("PICTURES", "/nowhere"),
-        ("SCENES", "~nobody/scenes"),
-        ("MY_PICTURE", "/"),
-    ],
-)
-def test_a_variable_that_makes_no_sense_is_refused(name, value):
-    with pytest.raises(utils.UsageError, match=f"{name} is '{value}'"):
-        utils.settings(environ={name: value})
-
-
 # ---- pictures of what a model does
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """What is shown, figure after figure."""
-    figures = []
-    monkeypatch.setattr(report.plt, "show", lambda: figures.append(report.plt.gcf()))
-    yield figures
-    report.plt.close("all")
 
 
 def test_a_picture_of_your_own(shown, run, tmp_path, classification, segmentation):
@@ -521,7 +489,7 @@ def test_all_four_loaders_of_the_readme_read_such_data(tmp_path, monkeypatch):
     assert (len(scope["training"]), len(scope["validation"])) == (8, 2)
 
 
-def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch, classification):
+def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch, classification, shown):
     """The page's lines, with a quick run's model in place of a short one's."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = next(x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "load_state" in x)
@@ -530,8 +498,6 @@ def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch, class
     checkpoint.start({"model": model}, {})
     checkpoint.save(utils.History(), torch.zeros(2, 3, 32, 32))
     Image.new("RGB", (50, 40)).save(tmp_path / "cat.png")
-    shown = []
-    monkeypatch.setattr(report.plt, "show", lambda: shown.append(report.plt.gcf()))
     monkeypatch.chdir(tmp_path)
     lines = lines.replace("short", "quick").replace("width=64", "width=16")
     exec(lines, dict(os=os, utils=utils, report=report, torch=torch))

@@ -484,7 +484,7 @@ def test_a_warp_moves_by_pixels_and_turns_by_degrees(run):
     assert torch.equal(first, next(iter(batches))[0])
 
 
-def test_views_are_averaged(pictures):
+def test_views_are_averaged():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)).eval()
     images = torch.randn(2, 3, 32, 32)
     wide = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
@@ -495,7 +495,7 @@ def test_views_are_averaged(pictures):
     torch.testing.assert_close(recipes.Views(model)(images), (plain + mirrored) / 2)
 
 
-def test_whitening_evens_out_the_patches(pictures, classification):
+def test_whitening_evens_out_the_patches(classification):
     images = nn.functional.avg_pool2d(torch.randn(20, 3, 64, 64), 2)
     model = classification.FastNet((8, 8, 8)).init_whitening(images)
     first = model.whiten(images)[:, :12].transpose(0, 1).flatten(1)

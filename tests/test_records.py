@@ -11,11 +11,7 @@ import torch
 import report
 import settings
 import utils
-from conftest import ROOT
-
-FIELDS = """run best_accuracy best_epoch final_accuracy official_test_accuracy train_seconds dataset
-source split model parameters epochs batch_size optimizer schedule evaluation_seconds device
-precision torch seed commit date history""".split()
+from conftest import FIELDS, ROOT
 
 
 @pytest.fixture
@@ -36,7 +32,7 @@ def recorded(run, tmp_path, monkeypatch, classification):
     plt.close("all")
 
 
-def test_a_record_says_all_there_is_to_know(recorded, tmp_path):
+def test_a_record_says_all_there_is_to_know(recorded):
     assert not [field for field in FIELDS if recorded.get(field) in (None, "", [])]
     assert recorded["official_test_accuracy"] == 12.5
     assert recorded["best_accuracy"] == recorded["history"][0]["validation_accuracy"]
@@ -198,10 +194,8 @@ def test_the_surest_mistakes_are_shown_with_both_names(monkeypatch):
     assert titles == [f"b, {5 * n}%\nis a" for n in range(13, 3, -1)]
 
 
-def test_pictures_of_odd_data_sets(monkeypatch):
+def test_pictures_of_odd_data_sets(shown):
     """No mistakes, a class with one example, one with none, 25 classes, what is ignored."""
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
     images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     labels = torch.tensor([0, 0, 2, 2, 3, utils.IGNORE])
     few = utils.Dataset("few", "own", images, labels, tuple("abcd"))
@@ -217,4 +211,3 @@ def test_pictures_of_odd_data_sets(monkeypatch):
     assert len(shown) == 2
     under = [axes.get_xlabel() for axes in shown[-1].axes[-2:]]
     assert under == ["class 10, class 11", ""]
-    plt.close("all")

@@ -9,9 +9,8 @@ import pytest
 import report
 import tables
 import trials
-from conftest import ROOT, skip_unless_committed
+from conftest import FIELDS, NOTEBOOKS, ROOT, skip_unless_committed
 
-NOTEBOOKS = ("imageclassification.ipynb", "imagesegmentation.ipynb")
 MEASURED = re.compile(
     r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(%|\s(?:s|seconds)\b|\s(?:min|minutes?)\b|\sPFLOP)"
 )
@@ -27,11 +26,6 @@ GIVEN = {  # percentages that no run of ours measured, and what they are
     "76.5225%": "its final score of CIFAR-10",
     "99.4%": "an aim: MNIST, in five minutes on two cores",
 }
-REQUIRED = """run profile best_accuracy best_epoch final_accuracy official_test_accuracy
-    train_seconds evaluation_seconds dataset source split model parameters multiply_adds flops
-    epochs planned_epochs batch_size optimizer schedule augmentation precision seed device torch
-    commit date history""".split()
-
 
 SEVERAL = ("finals", "tests", "tests_with_views")  # one for each seed
 PERCENT = "accuracy iou majority mean spread share efficiency without_views".split()
@@ -206,7 +200,7 @@ def test_a_changed_number_in_a_table_is_found():
 def test_every_run_is_on_record_with_all_its_facts(on_record):
     assert list(on_record) == list(tables.WHAT)
     for name, record in on_record.items():
-        missing = [key for key in REQUIRED if record.get(key) is None]
+        missing = [key for key in FIELDS if record.get(key) is None]
         assert not missing, f"{name} lacks {missing}"
         assert record["source"] not in ("sample", "own")
         assert len(record["history"]) == record["epochs"] >= 1
