@@ -292,7 +292,10 @@ def unused_gpu(device: torch.device) -> str:
 @cache  # Muon asks for the precision at every step
 def _processor() -> str:
     name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
+    if sys.platform == "darwin":  # where that is "arm"
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True).stdout.strip() or name
+    elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
     return name

@@ -59,6 +59,8 @@ def test_the_commit_on_record_says_where_files_differ_from_it(tmp_path, monkeypa
     assert now() == at
     code.write_text("another line")
     assert now() == f"{at}-dirty"
+    monkeypatch.setattr(settings, "ROOT", tmp_path / "figures")
+    assert now() == "unknown"  # in a repository that is not the project's
 
 
 def test_with_own_data_epochs_is_the_number(tmp_path):
@@ -126,6 +128,16 @@ def test_short_and_full_runs_have_checkpoints_of_their_own(tmp_path):
         assert run.checkpoint("mnist").path.parent == tmp_path / folder
     own = choose(PROFILE="short", CHECKPOINT_DIR=str(tmp_path), PICTURES=str(tmp_path))
     assert own.checkpoint("mnist").path.parent == tmp_path / "own" / tmp_path.name
+
+
+def test_a_mac_says_which_it_is_and_does_without_nnpack(monkeypatch):
+    done = subprocess.CompletedProcess([], 0, "Apple M4\n")
+    monkeypatch.setattr(settings, "_processor", settings._processor.__wrapped__)  # nothing is kept
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: done)
+    flags = []
+    monkeypatch.setattr(torch.backends.nnpack, "set_flags", flags.append)
+    assert "Apple M4, " in str(choose(PRECISION="float32")) and flags == [False]
 
 
 def test_quick_runs_write_to_a_folder_of_their_own():
