@@ -268,19 +268,29 @@ def _describe(value) -> str:
 
 
 def _constants(code) -> list:
-    """The numbers, texts and tuples of numbers in a function, in the order of their use.
+    """The numbers and texts in a function, also in tuples and slices, in the order of their use.
 
-    Not of its co_consts, which in Python 3.14 lack small whole numbers: this list is the same in
-    3.11 to 3.14, unless there are slices with bounds.
+    Not its co_consts, which in Python 3.14 lack small whole numbers. Of plain arithmetic and calls
+    the list is the same in 3.11 to 3.14; loops and comprehensions may be compiled differently.
     """
     loads = ("LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST")
-    used = [i.argval for i in dis.get_instructions(code) if i.opname in loads]
-    return [c for c in used if isinstance(c, (int, float, str)) or _numbers(c)]
+    steps = list(dis.get_instructions(code))
+    followed_by = [step.opname for step in steps[1:]] + [""]
+    used = [
+        step.argval
+        for step, after in zip(steps, followed_by, strict=True)
+        if step.opname in loads and after != "CALL_KW"  # the names of arguments
+    ]
+    return _flat(used)
 
 
-def _numbers(value) -> bool:
-    """Whether it is a tuple of numbers alone: the names of arguments are a tuple, too."""
-    return isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value)
+def _flat(value) -> list:
+    """The numbers and texts in nested tuples and slices."""
+    if isinstance(value, slice):
+        value = value.start, value.stop, value.step
+    if isinstance(value, (list, tuple)):
+        return [item for part in value for item in _flat(part)]
+    return [value] if isinstance(value, (int, float, str)) else []
 
 
 def _describe_schedule(schedule) -> str:

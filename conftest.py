@@ -10,7 +10,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if "CHECKPOINT_DIR" not in os.environ:
+    if not os.environ.get("CHECKPOINT_DIR"):
         made = os.environ["CHECKPOINT_DIR"] = tempfile.mkdtemp(prefix="checkpoints-")
         config.add_cleanup(lambda: os.environ.pop("CHECKPOINT_DIR", None))
         config.add_cleanup(lambda: shutil.rmtree(made, ignore_errors=True))

@@ -86,10 +86,11 @@ def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Give a file or folder another name, replacing what has it; tried for some seconds on Windows.
+    """Give a file or folder another name, replacing a file that has it; tried again on Windows.
 
-    What is open there keeps its name, and a virus scanner opens what was just written: of 4,000
-    renames 155 failed, and none if tried again (zarr-developers/zarr-python pull request 4358).
+    For some seconds: there what another program, a virus scanner say, has open keeps its name. Of
+    4,000 files that were replaced, 155 to 171 failed, and none when tried again (zarr-developers/
+    zarr-python pull request 4358).
     """
     for pause in (*RENAME_PAUSES, None):
         try:

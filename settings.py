@@ -150,7 +150,7 @@ def settings(
 
     Under torchrun it joins the processes. It sets torch's global flags: denormal numbers are
     flushed to zero, cuDNN tries its algorithms, and multiplies float32 in TF32 where the precision
-    is another. Raises UsageError for a value that makes no sense.
+    is another; on a Mac NNPACK is off. Raises UsageError for a value that makes no sense.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if int(environ.get("WORLD_SIZE") or 1) > 1 and "LOCAL_RANK" in environ:  # by torchrun
@@ -169,7 +169,7 @@ def settings(
         paths["pictures" if scenes else "scenes"] = None
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
         paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
-    if sys.platform == "darwin":  # there NNPACK slows convolutions down (pytorch issue 107534)
+    if sys.platform == "darwin":  # NNPACK slows conv2d down (ultralytics/ultralytics#26221)
         torch.backends.nnpack.set_flags(False)
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     named = value["PRECISION"]
@@ -304,7 +304,7 @@ def _processor() -> str:
 @cache
 def commit() -> str:
     """The commit this checkout is at, with -dirty where files beside figures/ differ from it."""
-    if not (ROOT / ".git").exists():  # of an outer repository, or on a Mac without git's tools
+    if not (ROOT / ".git").exists():  # git would answer for an outer one, or ask to be installed
         return "unknown"
     options = dict(cwd=ROOT, capture_output=True, text=True)
     try:

@@ -124,7 +124,7 @@ def test_without_resume_a_run_starts_anew(uninterrupted, tmp_path):
 
 
 def with_loader(folder, stop_after=None, schedule=None, freeze=False, **changes):
-    """A run on a DataLoader that has a generator of its own; returns the weights."""
+    """A run on a DataLoader, by default with a generator of its own; returns the weights."""
     torch.manual_seed(0)
     run, network, data = victim.settings(folder), victim.model(), changes.pop("data", victim.toy())
     pairs = torch.utils.data.TensorDataset(data.images.float() / 128 - 1, data.labels)
@@ -326,7 +326,7 @@ def test_another_precision_is_refused_and_can_be_put_back(tmp_path, monkeypatch,
     tally.add("faults", survived=len(victim.fit(tmp_path)[0]) == victim.EPOCHS)
 
 
-def test_another_version_of_torch_is_no_other_run():
+def test_another_version_of_torch_or_python_is_no_other_run():
     assert checkpoints._describe(F.cross_entropy) == "cross_entropy"  # not its docstring
     described = set()
     for text in ("One.", "Another."):
@@ -337,8 +337,12 @@ def test_another_version_of_torch_is_no_other_run():
     def loss(scores):
         return F.nll_loss(2 * scores.sum((0, 1)), reduction="sum") / 0.5
 
+    def other(scores):
+        return scores[:, 7:9].sum(((0, 1), ("a",)))
+
     # in Python 3.14 the 2 is not among a function's co_consts, in 3.11 "reduction" is
-    assert checkpoints._describe(loss).endswith(" [2, (0, 1), 'sum', 0.5]")
+    assert checkpoints._describe(loss).endswith(" [2, 0, 1, 'sum', 0.5]")
+    assert checkpoints._describe(other).endswith(" [7, 9, 0, 1, 'a']")
     optimizer = torch.optim.SGD(victim.model().parameters(), 0.1)
     schedule = utils.one_cycle(optimizer, range(10), 3, 0.1)
     before = checkpoints._describe_schedule(schedule)
@@ -348,7 +352,9 @@ def test_another_version_of_torch_is_no_other_run():
     assert before != checkpoints._describe_schedule(utils.one_cycle(optimizer, range(10), 4, 0.1))
 
 
-@pytest.mark.parametrize("address", ["0x7f3c5a1be0d0", "0x000001D5C3B7F0A0"])  # Windows: the last
+@pytest.mark.parametrize(
+    "address", ["0x7f3c5a1be0d0", "0x000001D5C3B7F0A0"]
+)  # the second as on Windows
 def test_where_a_loss_lies_in_memory_makes_no_other_run(address):
     model = victim.model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -887,7 +893,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, tally
 
 @pytest.mark.parametrize(
     ("number", "times", "passes"),
-    [(5, 2, True), (32, 2, True), (5, 3, False), (None, 1, False)],  # Windows'; another system's
+    [
+        (5, 2, True),
+        (32, 2, True),
+        (5, 3, False),
+        (None, 1, False),
+    ],  # Windows' numbers; None: another system
 )
 def test_what_is_open_in_windows_is_renamed_once_it_is_closed(
     number, times, passes, tmp_path, monkeypatch, tally

@@ -530,7 +530,7 @@ def test_masks_are_matched_with_upright_images_and_hidden_files_are_left_alone(t
 
 def test_test_folders_of_other_names_are_refused(tmp_path, run, tally):
     folders(tmp_path / "cifar10" / "train", names=("bird", "cat", "dog"))
-    folders(tmp_path / "cifar10" / "test", names=("cat", "dog"))
+    folders(tmp_path / "cifar10" / "test", names=("cat", "dog", "fox"))
     with pytest.raises(utils.UsageError, match="must have the same classes: folders"):
         utils.load_cifar10(full(run, tmp_path))
     tally.add("faults")

@@ -133,6 +133,8 @@ def test_short_and_full_runs_have_checkpoints_of_their_own(tmp_path):
 def test_a_mac_says_which_it_is_and_does_without_nnpack(monkeypatch):
     done = subprocess.CompletedProcess([], 0, "Apple M4\n")
     monkeypatch.setattr(settings, "_processor", settings._processor.__wrapped__)  # nothing is kept
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(settings.platform, "processor", lambda: "arm")  # itself asks a subprocess
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(subprocess, "run", lambda command, **options: done)
     flags = []
