@@ -416,7 +416,8 @@ def guarded(history: History, optimizer, batches, checkpoint: Checkpoint | None,
         signal.signal(signal.SIGINT, note)
     try:
         yield pressed
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        traceback.clear_frames(stop.__traceback__)  # of their tensors
         history.stopped = True
         if checkpoint:
             del history[len(checkpoint.load()[0]) :]  # an epoch whose checkpoint was not written
