@@ -352,10 +352,9 @@ def test_another_version_of_torch_or_python_is_no_other_run():
     assert before != checkpoints._describe_schedule(utils.one_cycle(optimizer, range(10), 4, 0.1))
 
 
-@pytest.mark.parametrize(
-    "address", ["0x7f3c5a1be0d0", "0x000001D5C3B7F0A0"]
-)  # the second as on Windows
+@pytest.mark.parametrize("address", ["0x7f3c5a1be0d0", "0x000001D5C3B7F0A0"])
 def test_where_a_loss_lies_in_memory_makes_no_other_run(address):
+    """The second address is written as on Windows."""
     model = victim.model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     parts = model, optimizer, None, torch.amp.GradScaler("cpu"), checkpoints.RandomState()

@@ -98,7 +98,7 @@ def test_large_batches_score_as_small_ones_do(run, classification, digits):
     best_precision(torch.device("cpu")) != torch.bfloat16,
     reason="this CPU emulates bfloat16, which takes minutes",
 )
-def test_bfloat16_costs_at_most_three_tenths_of_a_point(run, classification, digits):
+def test_bfloat16_costs_three_tenths_of_a_point_at_most_beyond_chance(run, classification, digits):
     """Mean over five seeds, on the sample's 1,000 test digits; two standard errors are chance."""
     accuracy = {torch.float32: [], torch.bfloat16: []}
     for precision, scores in accuracy.items():
@@ -113,7 +113,7 @@ def test_bfloat16_costs_at_most_three_tenths_of_a_point(run, classification, dig
             history = utils.train(model, optimizer, batches, validation, 5, settings, schedule)
             scores.append(history[-1].validation_accuracy)
     exact, reduced = accuracy.values()
-    assert statistics.mean(exact) > 95
+    assert statistics.mean(exact) > 95 and statistics.mean(reduced) > 95  # whatever the spread
     gains = [b - a for a, b in zip(exact, reduced, strict=True)]
     chance = 2 * statistics.stdev(gains) / math.sqrt(5)
     assert statistics.mean(gains) >= -0.3 - chance, accuracy
