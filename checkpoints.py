@@ -7,8 +7,9 @@ Training then starts from what it finds, if that is the same run; `utils.train` 
 from __future__ import annotations
 
 import contextlib
-import dis
+import functools
 import gc
+import inspect
 import io
 import math
 import os
@@ -241,7 +242,7 @@ _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "decouple
 
 
 def _describe(value) -> str:
-    """A setting as text: a function by its name and constants, a DataLoader by what it yields."""
+    """A setting as text: a function by its source, a DataLoader by what it yields."""
     if isinstance(value, torch.utils.data.DataLoader):
         state = RandomState(value)
         kept = state.state_dict()
@@ -260,37 +261,32 @@ def _describe(value) -> str:
             f"SHA-256 of a batch {digest.hexdigest()[:16]}"
         )
     if (getattr(value, "__module__", None) or "").startswith("torch.nn.functional"):
-        return value.__qualname__  # its constants hold its docstring, which a version may change
-    code = getattr(value, "__code__", None)
-    if code is not None:
-        return f"{value} {code.co_names} {_constants(code)}"
+        return value.__qualname__  # its source may change with a version
+    if isinstance(value, functools.partial):
+        keywords = {name: _describe(item) for name, item in value.keywords.items()}
+        return f"partial {_describe(value.func)} {list(map(_describe, value.args))} {keywords}"
+    if isinstance(value, Tensor):
+        return str(value.detach().cpu())
+    if inspect.isfunction(value):
+        return _describe_function(value)
     return str(value)
 
 
-def _constants(code) -> list:
-    """The numbers and texts in a function, also in tuples and slices, in the order of their use.
-
-    Not its co_consts, which in Python 3.14 lack small whole numbers. Of plain arithmetic and calls
-    the list is the same in 3.11 to 3.14; loops and comprehensions may be compiled differently.
-    """
-    loads = ("LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST")
-    steps = list(dis.get_instructions(code))
-    followed_by = [step.opname for step in steps[1:]] + [""]
-    used = [
-        step.argval
-        for step, after in zip(steps, followed_by, strict=True)
-        if step.opname in loads and after != "CALL_KW"  # the names of arguments
-    ]
-    return _flat(used)
-
-
-def _flat(value) -> list:
-    """The numbers and texts in nested tuples and slices."""
-    if isinstance(value, slice):
-        value = value.start, value.stop, value.step
-    if isinstance(value, (list, tuple)):
-        return [item for part in value for item in _flat(part)]
-    return [value] if isinstance(value, (int, float, str)) else []
+def _describe_function(function) -> str:
+    """Its source, its defaults, and the plain values that it takes from outside itself."""
+    try:
+        source = inspect.getsource(function)
+    except OSError:  # made by exec
+        source = function.__code__.co_code.hex()
+    defaults = inspect.signature(function).parameters.values()
+    outside = inspect.getclosurevars(function)
+    plain = int, float, str, tuple, Tensor
+    values = {
+        name: _describe(value)
+        for name, value in {**outside.globals, **outside.nonlocals}.items()
+        if isinstance(value, plain)
+    }
+    return f"{function} {list(map(str, defaults))} {values}\n{source}"
 
 
 def _describe_schedule(schedule) -> str:

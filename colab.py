@@ -36,7 +36,8 @@ def set_up(drive: str | None = None) -> None:
     if drive:
         folder = Path("/content/drive/MyDrive") / drive
         for name, usual in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
-            os.environ[name] = str(folder / os.environ.get(name, usual))  # yours may be elsewhere
+            own = os.environ.get(name) or usual  # yours may be elsewhere
+            os.environ[name] = str(folder / own)
             print(f"{usual.capitalize()} are kept in {os.environ[name]}.")
     if not torch.cuda.is_available():
         print("\n*** NO GPU IS ON. Choose Runtime, Change runtime type, T4 GPU, and run all again.")

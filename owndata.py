@@ -231,18 +231,21 @@ def _classes(
     labels: Tensor, classes: Sequence[str], ignore: int = IGNORE
 ) -> tuple[Tensor, tuple[str, ...]]:
     """(labels with IGNORE for `ignore`, names of the classes: those given, or numbers)."""
-    if ignore != IGNORE:
-        labels = labels.masked_fill(labels == ignore, IGNORE)
-    counted = labels[labels != IGNORE].unique()
+    counted = labels[(labels != IGNORE) & (labels != ignore)].unique()
     if len(counted) < 2:
         only = ", ".join(str(label) for label in counted.tolist()) or "none"
         raise UsageError(
-            f"There is one class only in the labels ({only}), beside {IGNORE}, which is ignored: "
+            f"The labels hold fewer than two classes ({only}) besides {IGNORE}, which is ignored: "
             "number the classes 0, 1 and so on."
         )
     highest = min(int(counted.max()), IGNORE - 1)  # Dataset refuses what is higher
-    numbered = (f"class {number}" for number in range(highest + 1))
-    return labels, tuple(map(str, classes)) or tuple(numbered)
+    names = list(map(str, classes)) or [f"class {number}" for number in range(highest + 1)]
+    if ignore != IGNORE:
+        labels = labels.masked_fill(labels == ignore, IGNORE)
+    if 0 <= ignore < len(names):  # a model has no output for it, so those after it move up
+        del names[ignore]
+        labels = labels - ((labels > ignore) & (labels != IGNORE)).to(labels.dtype)
+    return labels, tuple(names)
 
 
 def _stack(images: Sequence[np.ndarray], paths: Sequence[Path]) -> Tensor:

@@ -581,10 +581,13 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
     palette = np.ones((256, 3))
     palette[: len(dataset.classes)] = [shades[c % 20] for c in range(len(dataset.classes))]
     scenes = torch.linspace(0, len(dataset) - 1, count).long()
-    photographs = dataset.images[scenes, :3].permute(0, 2, 3, 1).numpy() / 255
+    bands = 3 if dataset.images.shape[1] >= 3 else 1  # one is grey
+    photographs = dataset.images[scenes, :bands].expand(-1, 3, -1, -1)
+    photographs = photographs.permute(0, 2, 3, 1).numpy() / 255
     painted = {title: palette[labels[scenes].numpy()] for title, labels in maps.items()}
     first = next(iter(maps))
-    rows = {"image": photographs, f"{first}, overlaid": 0.4 * photographs + 0.6 * painted[first]}
+    grey = photographs.mean(-1, keepdims=True)  # so that a colour in it is a class's
+    rows = {"image": photographs, f"{first}, overlaid": 0.4 * grey + 0.6 * painted[first]}
     rows |= painted
 
     size = (1.3 * count + 1.4, 1.3 * len(rows))

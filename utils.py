@@ -56,7 +56,7 @@ REPORT_EVERY = 25  # iterations between two reports, as in the write-up
 # ---------------------------------------------------------------------------------------- data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Images uint8 (N, C, H, W), and labels uint8 or int64: (N), or maps (N, H, W); in memory.
 
@@ -75,7 +75,7 @@ class Dataset:
     classes: tuple[str, ...]
     groups: Tensor | None = None
     layers: tuple[Dataset, Dataset] | None = None
-    _copies: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    _copies: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         def refuse(problem: str):
@@ -155,9 +155,10 @@ def split(dataset: Dataset, share: float = 0.2, seed: int = 0) -> tuple[Dataset,
     """
     groups = torch.arange(len(dataset)) if dataset.groups is None else dataset.groups
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
+    most = round(share * len(dataset))
     order = torch.randperm(len(sizes), generator=generator(seed))
-    few = sizes[order].cumsum(0) <= round(share * len(dataset))  # the first groups of that order
-    held_out = torch.isin(group, order[few])
+    order = order[sizes[order] <= most]  # a larger group cannot be held out
+    held_out = torch.isin(group, order[sizes[order].cumsum(0) <= most])
     if held_out.all():
         raise UsageError(f"{dataset.name}: with {share:.0%} held out, nothing is left to train on.")
     if not held_out.any():
@@ -466,8 +467,9 @@ def train(
     Both are `Batches`, or any iterable with a length that yields (images, labels), a torch
     DataLoader say: float32 (B, C, H, W), and int64 (B) or (B, H, W), of which IGNORE counts for
     nothing. `loss_function(logits, labels, ignore_index=IGNORE)` is the mean over the labels that
-    count; `schedule` steps after every batch. Losses and counts stay on the device until the epoch
-    ends; a batch's loss is weighted by its labels, so a short one counts for what it is.
+    count; `schedule` steps after every batch. Losses and counts are summed up on the device, and no
+    step waits for them; a batch's loss is weighted by its labels, so a short one counts for what it
+    is.
     With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
     best validation accuracy is that many epochs old. Ctrl-C returns the history so far, `stopped`:
     with a checkpoint, model and history are as after the last epoch that was saved; without one,
@@ -534,6 +536,7 @@ def train(
             progress.epoch(history)
             if checkpoint and rank() == 0:
                 checkpoint.save(history, images[:2], history.finished(patience))
+    model.eval()
     progress.plot(history)
     return history
 
@@ -626,7 +629,7 @@ def evaluate(model: nn.Module, batches: Iterable, run: Settings) -> float:
     return 100 * correct / count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PixelScores:
     """Scores of the labels of pixels, or images, in percent."""
 

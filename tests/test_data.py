@@ -53,6 +53,13 @@ def test_split_keeps_groups_together():
     assert (len(training), len(validation)) == (80, 20)
 
 
+def test_a_group_too_large_to_hold_out_takes_no_place_of_others():
+    groups = torch.cat([torch.zeros(30, dtype=torch.int64), torch.arange(1, 31)])
+    for seed in range(20):
+        training, validation = utils.split(toy(60, groups=groups), share=0.2, seed=seed)
+        assert len(validation) == 12 and (training.groups == 0).sum() == 30
+
+
 @pytest.mark.parametrize("groups", [None, torch.zeros(2)])
 def test_what_is_too_small_to_split_is_refused(groups):
     with pytest.raises(utils.UsageError, match="toy is too small to hold 20% of it out"):

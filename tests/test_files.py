@@ -808,7 +808,7 @@ def test_masks_of_nothing_but_one_class_and_ignored_pixels(tmp_path, tally):
     arguments = pairs(tmp_path)
     for path in (tmp_path / "masks").iterdir():
         Image.fromarray((np.arange(120).reshape(10, 12) % 2 * 255).astype(np.uint8)).save(path)
-    with pytest.raises(utils.UsageError, match=r"one class only in the labels \(0\), beside 255"):
+    with pytest.raises(utils.UsageError, match=r"fewer than two classes \(0\) besides 255"):
         owndata.load_pairs(*arguments)
     tally.add("faults")
 

@@ -188,7 +188,19 @@ def test_another_ignore_index(tmp_path):
     assert 11 not in dataset.labels.unique() and (dataset.labels == 255).sum() > 20 * 48
     (folder / "classes.txt").write_text("\n".join([*ROADS[:11], "void"]))
     training, _ = owndata.load_scenes(folder, size=24)
-    assert 11 not in training.labels.unique() and training.classes[11] == "void"
+    assert 11 not in training.labels.unique() and training.classes == tuple(ROADS[:11])
+
+
+def test_what_is_void_is_no_class_wherever_its_name_stands():
+    labels = torch.tensor([[[0, 1], [2, 255]]], dtype=torch.uint8)
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    for ignore, expected in ((0, [255, 0, 1, 255]), (1, [0, 255, 1, 255]), (2, [0, 1, 255, 255])):
+        for names in ("road", "car", "sky"), ():
+            there = names or ("class 0", "class 1", "class 2")
+            moved, classes = owndata._classes(labels, names, ignore)
+            assert moved.flatten().tolist() == expected
+            assert classes == there[:ignore] + there[ignore + 1 :]
+            utils.Dataset("roads", "own", images, moved, classes)
 
 
 @pytest.mark.parametrize(
@@ -406,8 +418,7 @@ def test_colab_installs_what_is_missing_and_keeps_its_torch(tmp_path, monkeypatc
     monkeypatch.setattr(colab, "missing_packages", lambda: ["nbval>=0.11"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("DATA_DIR", "CHECKPOINT_DIR"):
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)
+        monkeypatch.setenv(name, "")  # as good as none
     colab.set_up("vision")
     assert "nbval>=0.11" in commands[0] and f"torch=={version('torch')}" in commands[0]
     assert mounted == ["/content/drive"] and "NO GPU IS ON" in capsys.readouterr().out

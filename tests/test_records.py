@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -211,3 +212,14 @@ def test_pictures_of_odd_data_sets(shown):
     assert len(shown) == 2
     under = [axes.get_xlabel() for axes in shown[-1].axes[-2:]]
     assert under == ["class 10, class 11", ""]
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4])
+def test_scenes_of_other_bands_are_shown_in_grey_or_in_the_first_three(bands, shown):
+    images = torch.randint(0, 256, (3, bands, 8, 8), dtype=torch.uint8)
+    maps = torch.arange(64).view(1, 8, 8).repeat(3, 1, 1) % 2
+    report.show_scenes(utils.Dataset("bands", "own", images, maps, ("a", "b")), {"label": maps}, 1)
+    picture = shown[-1].axes[0].images[0].get_array()
+    first = images[0].permute(1, 2, 0).numpy() / 255
+    expected = first[..., :3] if bands == 4 else first[..., :1].repeat(3, -1)
+    np.testing.assert_array_equal(picture, expected)
