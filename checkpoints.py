@@ -59,7 +59,7 @@ class Checkpoint:
         self.way_out = f"delete {path}* (RESUME = False would start every run of the notebook anew)"
 
     def start(self, parts: Mapping, facts: Mapping[str, str]) -> tuple[list, dict]:
-        """Bring `parts` (model, optimizer, ..) to where the run was: (its history, its makers).
+        """Bring `parts` (model, optimizer, ..) to where the run was; returns (history, made).
 
         `facts` are what makes a run this run: where the file's differ, it is refused. Both are
         empty where there is no file yet. On the CPU what follows is bit for bit what would have
@@ -117,13 +117,13 @@ class Checkpoint:
             kept = f"epoch {self.kept}'s is kept" if self.kept else "there is none before it"
             raise UsageError(
                 f"The checkpoint {self.path} of epoch {len(history)} could not be written "
-                f"({reason(error)}): {kept}; see to it, or copy what is there to another folder, "
+                f"({reason(error)}): {kept}; fix that, or copy what is there to another folder, "
                 f"name that in CHECKPOINT_DIR, and {self.again}."
             ) from None
         self.kept, self.saved = len(history), time.monotonic()
 
     def load(self) -> tuple[list, dict]:
-        """Bring the parts to the state in the file: (history, makers), or empty without a file.
+        """Bring the parts to the state in the file; returns (history, made), empty without one.
 
         After `start`, which names parts and facts. A file of another run, or a damaged one, is
         refused by a UsageError.
@@ -420,7 +420,7 @@ def guarded(history: History, optimizer, batches, checkpoint: Checkpoint | None,
         if checkpoint and history:
             print(f"Stopped. To go on after epoch {len(history)}, {checkpoint.again}.")
         else:
-            part = "Its part of the epoch stays in the weights."
+            part = "The weights keep that epoch's steps."
             print(f"Stopped in epoch {len(history) + 1}. {part}")
     except FloatingPointError as error:
         kept = checkpoint.kept if checkpoint else 0
@@ -432,7 +432,7 @@ def guarded(history: History, optimizer, batches, checkpoint: Checkpoint | None,
         if problem is None:
             raise
         if checkpoint and history:
-            problem += f" That is another run: {checkpoint.way_out}."
+            problem += f" That would be another run: {checkpoint.way_out}."
     else:
         return
     finally:

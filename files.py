@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 
 class UsageError(Exception):
-    """Something the user can put right; its message is one sentence that says what and how."""
+    """Something the user can put right; its message says what and how, in a sentence or two."""
 
     def _render_traceback_(self) -> list[str]:  # what Jupyter shows in place of a traceback
         return [f"{type(self).__name__}: {self}"]
@@ -174,7 +174,7 @@ def fetch(name: str, data_dir: Path) -> None:
             shutil.rmtree(partial)
     except OSError as error:
         raise UsageError(
-            f"{name} cannot be written to DATA_DIR {data_dir} ({reason(error)}): see to it, name "
+            f"{name} cannot be written to DATA_DIR {data_dir} ({reason(error)}): fix that, name "
             "another folder, or set PROFILE=quick for the sample data."
         ) from None
 
@@ -391,8 +391,8 @@ def read_images(
         found = list(pool.map(attempt, paths))
     broken = [error for error in found if isinstance(error, UsageError)]
     if broken and not skip_unreadable:
-        more = f" So it is with {len(broken) - 1} more files." if len(broken) > 1 else ""
-        raise UsageError(f"{broken[0]}{more} Mend or remove what is broken.")
+        more = f" {len(broken) - 1} more files cannot be read." if len(broken) > 1 else ""
+        raise UsageError(f"{broken[0]}{more} Repair or remove what is broken.")
     for error in broken:
         print(f"left out: {error}")
     kept = [place for place, image in enumerate(found) if not isinstance(image, UsageError)]
@@ -418,5 +418,5 @@ def read_npz(path: str | Path, names: Sequence[str]) -> list[np.ndarray]:
         raise UsageError(f"{path} cannot be read as npz ({reason(error)}).") from None
     for name, array in zip(names, found, strict=True):
         if not isinstance(array, np.ndarray) or not array.dtype.isnative:
-            raise UsageError(f"{path}: {name} is no array of this machine's byte order.")
+            raise UsageError(f"{path}: {name} is not an array in this machine's byte order.")
     return found

@@ -28,7 +28,7 @@ def replayable(optimizer: torch.optim.Optimizer, schedule) -> bool:
     """Whether a recording would keep on learning as the step does.
 
     The optimizer must read its numbers from the device (be `capturable`, as AdamW and Muon can),
-    and the schedule, or one of those that it is made of, rewrite nothing but learning rates.
+    and the schedule, and any that it is made of, rewrite nothing but learning rates.
     """
     able = all(group.get("capturable") is not None for group in optimizer.param_groups)
     schedules = schedule, *getattr(schedule, "_schedulers", ())

@@ -82,7 +82,7 @@ def load_folder(
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
-        raise UsageError(f"{folder} is no folder: it needs a folder of images for each class.")
+        raise UsageError(f"{folder} is not a folder: it needs a folder of images for each class.")
     classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     inside = [(path, n) for n, name in enumerate(classes) for path in _listed(folder / name)]
     found = [(path, n) for path, n in inside if path.suffix.lower() in IMG_EXTENSIONS]
@@ -94,7 +94,7 @@ def load_folder(
         )
     if others:
         more = f", and {len(others) - 1} more" if others[1:] else ""
-        print(f"left out, of no kind that is read: {others[0]}{more}")
+        print(f"left out, not of a kind that is read: {others[0]}{more}")
     if not found:
         raise UsageError(f"{folder} needs a folder of images for each class: there is no image.")
     paths, labels = [path for path, _ in found], torch.tensor([number for _, number in found])

@@ -2,7 +2,7 @@
 
 All stand beside `utils.train`, which takes them as it takes any optimizer and any batches. The
 ideas are others', named where they are used; most are gathered in Jordan, 94% on CIFAR-10 in 3.29
-Seconds, 2024 (arXiv:2404.00498), whose airbench94 they are measured by; Muon and that script are of
+Seconds, 2024 (arXiv:2404.00498), whose airbench94 is the benchmark; Muon and that script are from
 github.com/KellerJordan/cifar10-airbench.
 """
 
@@ -27,16 +27,16 @@ class Muon(torch.optim.AdamW):
     normalisation, so that its filters' scale has no effect. Their averaged gradient, as a matrix
     with a row for each filter, is made orthogonal, so that a step moves every direction by as much.
     Before each step a layer's filters are scaled to a norm of 1, in root mean square over them, so
-    that `filters`, their learning rate, is relative; `others` is AdamW's, with betas of 0.9 and
-    0.99 and no weight decay. The average is Nesterov's, with `momentum`. A step clears the filters'
-    gradients. Raises UsageError for a model without filters.
+    that `lr`, their learning rate, is relative; `adamw_lr` is that of the rest, with betas of 0.9
+    and 0.99 and no weight decay. The average is Nesterov's, with `momentum`. A step clears the
+    filters' gradients. Raises UsageError for a model without filters.
     In float16 every step waits for the device, as GradScaler asks whether the gradients are finite.
     Jordan et al., Muon, 2024 (kellerjordan.github.io/posts/muon). torch.optim.Muon takes matrices
     only.
     """
 
     def __init__(
-        self, model: nn.Module, filters: float = 0.1, others: float = 5e-3, momentum: float = 0.8
+        self, model: nn.Module, lr: float = 0.1, adamw_lr: float = 5e-3, momentum: float = 0.8
     ):
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
         self.filters = [m.weight for m in convolutions if m.weight.requires_grad]
@@ -44,9 +44,9 @@ class Muon(torch.optim.AdamW):
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         if not self.filters:
             raise UsageError(f"{type(model).__name__} has no convolution without a bias for Muon.")
-        groups = [dict(params=self.filters, lr=filters, momentum=momentum), dict(params=rest)]
-        super().__init__(groups, others, betas=(0.9, 0.99), weight_decay=0.0)
-        self.defaults |= dict(filters=filters, momentum=momentum)
+        groups = [dict(params=self.filters, lr=lr, momentum=momentum), dict(params=rest)]
+        super().__init__(groups, adamw_lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.defaults |= dict(filters=lr, momentum=momentum)
 
     @torch.no_grad()
     def step(self):
@@ -145,10 +145,10 @@ class Conv3x3(nn.Conv2d):
 
 
 def with_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Cross-entropy, plus the Dice loss: 1 - 2 overlap / (guesses + truth), mean over classes.
+    """Cross-entropy, plus the Dice loss: 1 - 2 overlap / (predictions + truth), mean over classes.
 
-    Logits (N, classes, H, W) and labels int64 (N, H, W) to a number. Guesses are probabilities, so
-    each of the three is a sum over the batch's pixels (a process's share of them). However few
+    Logits (N, classes, H, W) and labels int64 (N, H, W) to a number. Predictions are probabilities,
+    so each of the three is a sum over the batch's pixels (a process's share of them). However few
     pixels a class has, it counts as much as any; one that the batch lacks adds a constant to the
     loss, and nothing to its gradient. After Milletari et al., V-Net, 2016 (arXiv:1606.04797), who
     have two classes, and sums of squares in the denominator.
@@ -156,8 +156,8 @@ def with_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tenso
     counted = (labels != ignore_index)[:, None]
     classes = torch.arange(logits.shape[1], device=labels.device)[:, None, None]
     truth = (labels[:, None] == classes) & counted
-    guesses = logits.float().softmax(1) * counted
-    overlap, both = (guesses * truth).sum((0, 2, 3)), (guesses + truth).sum((0, 2, 3))
+    predictions = logits.float().softmax(1) * counted
+    overlap, both = (predictions * truth).sum((0, 2, 3)), (predictions + truth).sum((0, 2, 3))
     dice = 1 - (2 * overlap / both.clamp(min=1)).mean()
     return F.cross_entropy(logits, labels, ignore_index=ignore_index) + dice
 

@@ -131,8 +131,8 @@ def record_run(
 ) -> dict:
     """Write all there is to know about a run to results.json and its figure beside it.
 
-    `keep` says which record stays. `others` are facts of the run beside those that any has. Returns
-    the new record.
+    `keep` says which record stays. `others` are facts of the run besides those that any has.
+    Returns the new record.
     """
     if not history:
         raise UsageError(f"{name}: no epoch was trained to its end, so there is nothing to record.")
@@ -204,13 +204,16 @@ def keep(
     except OSError as error:
         raise UsageError(
             f"The record of {name}, or its figure, cannot be written to {folder} "
-            f"({reason(error)}): see to it and run this again (what a short or full run has "
+            f"({reason(error)}): fix that and run this again (what a short or full run has "
             "trained is in its checkpoint)."
         ) from None
 
 
 def gives_way(old: dict, new: dict) -> bool:
-    """Whether what is on record is no better founded than what is new: no longer, for one."""
+    """Whether a new record may take an old one's place: it is of as many epochs and seeds, or more.
+
+    What is of other data may, too, but never takes the place of the published data's.
+    """
     if _other(new) and not _other(old):  # the published data's stays
         return False
     return _data(old) != _data(new) or _worth(old) <= _worth(new)
@@ -239,7 +242,7 @@ def load_records(folder: Path, name: str = "results.json") -> list[dict]:
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read ({error}): mend it, or move it away.") from None
+        raise UsageError(f"{file} cannot be read ({error}): repair it, or move it away.") from None
 
 
 def draw_curves(
@@ -257,7 +260,7 @@ def draw_curves(
     validation = [e.validation_accuracy for e in history]
     axes.plot(x, validation, "o-", color="#0072B2", label="validation, the 20% split", **style)
     training = [e.accuracy for e in history]
-    axes.plot(x, training, "s:", color="#E69F00", label="training, as met", **style)
+    axes.plot(x, training, "s:", color="#E69F00", label="training, mean over the epoch", **style)
     best = max(history, key=lambda e: e.validation_accuracy)
     star = dict(
         color="#D55E00", markersize=15, mfc="none", label=f"best, {best.validation_accuracy:.2f}%"
@@ -320,7 +323,7 @@ def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
     return "\n".join(lines)
 
 
-def grid(head: str, rows: list[list[str]], left: int = 1) -> str:
+def markdown_table(head: str, rows: list[list[str]], left: int = 1) -> str:
     """A Markdown table; `left` columns are aligned to the left, the others to the right."""
     columns = head.count("|") + 1
     lines = [f"| {head} |", "|" + " --- |" * left + " --: |" * (columns - left)]
@@ -384,12 +387,13 @@ def class_counts(dataset: Dataset) -> str:
     return f"{unit} of each class: " + ", ".join(rows)
 
 
-def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> None:
-    """Images uint8 (N, C, H, W) in a grid, each under its title."""
+def show_images(
+    images: Tensor, titles: Sequence[str], columns: int = 10, page: str = "white"
+) -> None:
+    """Images uint8 (N, C, H, W) in a grid on a page of that colour, each under its title."""
     rows = math.ceil(len(images) / columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, layout="constrained"
-    )
+    look = dict(figsize=(1.15 * columns, 1.35 * rows), facecolor=page, layout="constrained")
+    figure, grid = plt.subplots(rows, columns, squeeze=False, **look)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, title in zip(grid.flat, images, titles, strict=False):
@@ -407,26 +411,29 @@ def show_classes(dataset: Dataset) -> None:
     show_images(dataset.images[index], titles, columns=len(columns))
 
 
-def show_mistakes(dataset: Dataset, guesses: Tensor, probabilities: Tensor) -> None:
-    """The ten wrong guesses with the highest probability, with both labels."""
-    wrong = ((guesses != dataset.labels) & (dataset.labels != IGNORE)).nonzero()[:, 0]
+def show_mistakes(dataset: Dataset, predictions: Tensor, probabilities: Tensor) -> None:
+    """The ten wrong predictions with the highest probability, with both labels."""
+    wrong = ((predictions != dataset.labels) & (dataset.labels != IGNORE)).nonzero()[:, 0]
     worst = wrong[probabilities[wrong].argsort(descending=True)][:10]
     if len(worst) == 0:
         print("There are no mistakes.")
         return
     names, sure = dataset.classes, (100 * probabilities).round().int()
-    titles = [f"{names[guesses[i]]}, {sure[i]}%\nis {names[dataset.labels[i]]}" for i in worst]
+    titles = [
+        f"says {names[predictions[i]]}, {sure[i]}%\nlabel {names[dataset.labels[i]]}" for i in worst
+    ]
     show_images(dataset.images[worst], titles)
 
 
 def calibration(right: Tensor, probabilities: Tensor, bins: int = 10) -> tuple[Tensor, float]:
-    """How often guesses of about one probability are right.
+    """How often predictions of about one probability are right.
 
-    Guesses (N), right ones True, are dealt by their probability, above 0 and up to 1, into bins of
-    equal width. Returns float64 (3, bins): of each bin the mean probability and the share of right
-    guesses, both in percent and NaN where it is empty, and the number of guesses; and the expected
-    calibration error, the distance of a bin's two percentages, averaged over all guesses (Naeini et
-    al., *Obtaining Well Calibrated Probabilities Using Bayesian Binning*, 2015).
+    Predictions (N), right ones True, are dealt by their probability, above 0 and up to 1, into bins
+    of equal width. Returns float64 (3, bins): of each bin the mean probability (confidence) and the
+    share of right predictions (accuracy), both in percent and NaN where it is empty, and the number
+    of predictions; and the expected calibration error, the distance of a bin's two percentages,
+    averaged over all predictions (Naeini et al., *Obtaining Well Calibrated Probabilities Using
+    Bayesian Binning*, 2015).
     """
     place = (probabilities.double() * bins).ceil().long().clamp(1, bins) - 1
     count = torch.bincount(place, minlength=bins)
@@ -438,17 +445,17 @@ def calibration(right: Tensor, probabilities: Tensor, bins: int = 10) -> tuple[T
 def show_calibration(models: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """A reliability diagram of (right, probabilities) for each model, see `calibration`.
 
-    A bin of fewer than 20 guesses is left out of the picture, as its share is mostly chance.
+    A bin of fewer than 20 predictions is left out of the picture, as its share is mostly chance.
     """
     figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
-    axes.plot([0, 100], [0, 100], color="black", ls="--", lw=1, label="as often as it says")
-    for (name, guesses), marker in zip(models.items(), itertools.cycle("os^Dv"), strict=False):
-        (sure, share, count), error = calibration(*guesses)
+    axes.plot([0, 100], [0, 100], color="black", ls="--", lw=1, label="perfectly calibrated")
+    for (name, predictions), marker in zip(models.items(), itertools.cycle("os^Dv"), strict=False):
+        (sure, share, count), error = calibration(*predictions)
         shown = count >= 20
-        label = f"{name}: off by {error:.1f} points"
+        label = f"{name}: ECE {error:.1f}%"
         axes.plot(sure[shown].numpy(), share[shown].numpy(), marker=marker, label=label)
-    axes.set(xlabel="probability of the guess, %", ylabel="guesses that are right, %")
-    axes.set(xlim=(0, 102), ylim=(0, 102), title="how sure, and how often right")
+    axes.set(xlabel="confidence, %", ylabel="accuracy, %", title="reliability diagram")
+    axes.set(xlim=(0, 102), ylim=(0, 102))
     axes.legend(loc="lower right", fontsize=8)
     plt.show()
 
@@ -530,7 +537,8 @@ def show_filters(convolution: nn.Conv2d) -> None:
     weights = convolution.weight.detach().float().cpu()
     low, high = weights.amin((1, 2, 3), True), weights.amax((1, 2, 3), True)
     pictures = (255 * (weights - low) / (high - low).clamp(min=1e-9)).to(torch.uint8)
-    show_images(pictures, [""] * len(pictures), columns=min(16, len(pictures)))
+    titles = [""] * len(pictures)
+    show_images(pictures, titles, columns=min(16, len(pictures)), page="gray")  # shows white edges
 
 
 @torch.inference_mode()

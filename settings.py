@@ -144,7 +144,7 @@ def settings(
     """Read the README's variables from the environment; choose device and precision.
 
     `graphs` are used on CUDA alone, by one process, and not in float16, in which Muon's steps wait
-    for the device (AdamW's, fused, would not: nobody has tried).
+    for the device (AdamW's, fused, would not; that has not been tried).
 
     Of PICTURES and SCENES one is used: SCENES if it is set, unless `scenes` is false.
 
@@ -303,7 +303,7 @@ def _processor() -> str:
 
 @cache
 def commit() -> str:
-    """The commit this checkout is at, with -dirty where files beside figures/ differ from it."""
+    """The commit this checkout is at, with -dirty where tracked files outside figures/ differ."""
     if not (ROOT / ".git").exists():  # git would answer for an outer one, or ask to be installed
         return "unknown"
     options = dict(cwd=ROOT, capture_output=True, text=True)
@@ -322,7 +322,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _absolute(path: str | Path) -> Path:
-    """A path from the root, "~" filled in where there is such a home; "." and ".." have a name."""
+    """The absolute path, "~", "." and ".." resolved, so that its last part is a name."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 

@@ -66,7 +66,7 @@ def runs() -> str:
             ours.append(f"{of_planned(record)}, {report.duration(record['train_seconds'])}")
         rows.append([f"`{name}`", what, theirs, *ours])
     head = "run | model | the write-up's final score | ours | official test | epochs, training"
-    return report.grid(head, rows, left=3)
+    return report.markdown_table(head, rows, left=3)
 
 
 def results() -> str:
@@ -95,7 +95,7 @@ def results() -> str:
             ]
         )
     head = "run | best, epoch | final | official test | epochs | seeds | training"
-    return report.grid(f"{head} | an epoch | parameters | PFLOP", rows)
+    return report.markdown_table(f"{head} | an epoch | parameters | PFLOP", rows)
 
 
 def pixels() -> str:
@@ -111,7 +111,7 @@ def pixels() -> str:
         score = f"{r['official_test_accuracy']:.2f}%"
         rows += [[f"`{r['run']}`", score, f"{r['mean_iou']:.2f}%", *kinds]]
     head = "digits right, their mean IoU | backgrounds right, their mean IoU"
-    return report.grid(f"model | pixels | mean IoU | {head}", rows)
+    return report.markdown_table(f"model | pixels | mean IoU | {head}", rows)
 
 
 def machines() -> str:
@@ -171,7 +171,7 @@ def faults() -> str:
 def scenes() -> bytes:
     """A PNG: scenes, truth and the best model's labels, as the committed notebook shows them."""
     cells = json.loads((ROOT / "imagesegmentation.ipynb").read_text(encoding="utf-8"))["cells"]
-    shown = next(cell for cell in cells if '"SkipNet": guesses' in "".join(cell["source"]))
+    shown = next(cell for cell in cells if '"SkipNet": predictions' in "".join(cell["source"]))
     return base64.b64decode(shown["outputs"][-1]["data"]["image/png"])
 
 

@@ -171,7 +171,7 @@ def _optimizer(model: nn.Module, variant: Variant, epochs: int):
     """(optimizer, schedule) of a variant."""
     peak, batches = variant.peak, variant.batches
     if variant.muon:
-        optimizer = recipes.Muon(model, filters=peak)
+        optimizer = recipes.Muon(model, lr=peak)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
     if _schedule(variant) == "line":

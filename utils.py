@@ -97,7 +97,7 @@ class Dataset:
         if len(self.classes) > IGNORE:
             refuse(f"{len(self.classes)} classes are too many: label {IGNORE} means ignored")
         if len(self.classes) < 2:
-            refuse(f"there is one class only ({', '.join(self.classes)}), so nothing to tell apart")
+            refuse(f"there is only one class ({', '.join(self.classes)}), so nothing to tell apart")
         require_labels(self.labels, len(self.classes), self.name)
         if self.groups is not None and len(self.groups) != len(self.images):
             refuse(f"groups must be one per image, not {len(self.groups)} for {len(self.images)}")
@@ -597,8 +597,7 @@ def clock(run: Settings) -> float:
 def _outputs(model: nn.Module, batches: Iterable, run: Settings, scored: bool = True):
     """(logits, labels) of every batch, on the device, from the model in evaluation mode.
 
-    To be `scored`, labels must be classes, and each of several processes takes its part of the
-    batches.
+    With `scored`, labels are checked, and each of several processes takes its part of the batches.
     """
     model.eval()
     mine = itertools.islice(batches, rank(), None, world_size()) if scored else batches
@@ -635,8 +634,8 @@ class PixelScores:
 
     accuracy: float  # of all labels
     class_accuracy: Tensor  # float64 (classes,), recall: of the class's labels; NaN where none is
-    class_iou: Tensor  # float64 (classes,), intersection over union; NaN where no guess either
-    mean_iou: float  # of the classes that are a label or a guess somewhere
+    class_iou: Tensor  # float64 (classes,), intersection over union; NaN where no prediction either
+    mean_iou: float  # of the classes that are a label or a prediction somewhere
     confusion: Tensor  # int64 (classes, classes): rows are the truth
 
 
@@ -655,17 +654,17 @@ def evaluate_pixels(
     return pixel_scores(confusion.cpu())
 
 
-def confusion_matrix(labels: Tensor, guesses: Tensor, classes: int) -> Tensor:
-    """int64 (classes, classes), rows the truth, of labels and guesses, integers of one shape.
+def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
+    """int64 (classes, classes), rows the truth, of labels and predictions, integers of one shape.
 
     Labels that are IGNORE are left out; other numbers than 0 to classes - 1 are refused.
     """
     require_labels(labels, classes, "The labels")
     counted = labels != IGNORE
-    labels, guesses = labels[counted].long(), guesses[counted].long()
-    if ((guesses < 0) | (guesses >= classes)).any():
-        raise UsageError(f"Guesses must be classes, 0 to {classes - 1}.")
-    pairs = labels * classes + guesses
+    labels, predictions = labels[counted].long(), predictions[counted].long()
+    if ((predictions < 0) | (predictions >= classes)).any():
+        raise UsageError(f"Predictions must be classes, 0 to {classes - 1}.")
+    pairs = labels * classes + predictions
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
@@ -676,8 +675,8 @@ def pixel_scores(confusion: Tensor) -> PixelScores:
     """
     if not confusion.any():
         raise UsageError("There is no label to score.")
-    hits, truth, guesses = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
-    iou = 100 * hits / (truth + guesses - hits)  # 0 / 0 is NaN
+    hits, truth, predictions = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
+    iou = 100 * hits / (truth + predictions - hits)  # 0 / 0 is NaN
     accuracy = 100 * hits.sum().item() / confusion.sum().item()
     return PixelScores(accuracy, 100 * hits / truth, iou, iou.nanmean().item(), confusion)
 
@@ -688,9 +687,9 @@ def predict(model: nn.Module, batches: Iterable, run: Settings) -> tuple[Tensor,
 
     Each is (N) or (N, H, W), in the batches' order, which is the data set's if they do not shuffle.
     """
-    guesses, probabilities = [], []
+    predictions, probabilities = [], []
     for logits, _ in _outputs(model, batches, run, scored=False):
-        probability, guess = logits.float().softmax(1).max(1)
-        guesses.append(guess.cpu())
+        probability, prediction = logits.float().softmax(1).max(1)
+        predictions.append(prediction.cpu())
         probabilities.append(probability.cpu())
-    return torch.cat(guesses), torch.cat(probabilities)
+    return torch.cat(predictions), torch.cat(probabilities)

@@ -198,7 +198,9 @@ def table(rows: list[dict]) -> str:
         images, epochs, flops = (mine[0][fact] for fact in ("images", "epochs", "flops"))
         counts = [f"{images:,}", f"{epochs}", f"{len(mine)}"]
         lines.append([model, *counts, f"{seconds} s", f"{flops / 1e15:.2g}", score])
-    return report.grid("model | images | epochs | runs | training | PFLOP | official test", lines)
+    return report.markdown_table(
+        "model | images | epochs | runs | training | PFLOP | official test", lines
+    )
 
 
 def mean_of(values: list[float], digits: int) -> str:

@@ -336,7 +336,9 @@ def table(rows: list[dict]) -> str:
         spread = f"{row['lowest']:.3g} to {row['highest']:.3g}" if row["rounds"] > 1 else "one run"
         metric = row["metric"] + (f" (B: {row['b_is']})" if "b_is" in row else "")
         lines.append([row["model"], metric, a, b, ratio, spread])
-    return report.grid("model | measure | A | B | B over A | lowest to highest", lines, left=2)
+    return report.markdown_table(
+        "model | measure | A | B | B over A | lowest to highest", lines, left=2
+    )
 
 
 def brief(rows: list[dict]) -> str:
@@ -362,8 +364,8 @@ def brief(rows: list[dict]) -> str:
         score = row["metric"].removeprefix("time to ").removesuffix(", s")
         times.append([f"{row['model']}: {score}", row["b_is"], a, b, sooner])
     head = f"B over A | {' | '.join(measures)} | input's share of a step, A | B"
-    second = report.grid("time to a score | B is | A | B | A over B", times, left=2)
-    return f"{report.grid(head, ratios)}\n\n{second}"
+    second = report.markdown_table("time to a score | B is | A | B | A over B", times, left=2)
+    return f"{report.markdown_table(head, ratios)}\n\n{second}"
 
 
 def main() -> None:

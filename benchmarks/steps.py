@@ -108,7 +108,7 @@ def table(rows: list[dict]) -> str:
         whole = f"{row['epochs']}, {report.duration(whole)}" if whole else "-"
         lines.append([f"`{row['model']}`", f"{row['batch_size']}", *steps, whole])
     head = "model | batch | ordinary step | replayed | the write-up's epochs, replayed"
-    return report.grid(head, lines)
+    return report.markdown_table(head, lines)
 
 
 def main() -> None:

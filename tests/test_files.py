@@ -303,7 +303,7 @@ def test_a_full_disk_while_unpacking(servers, tmp_path, tally, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "copyfileobj", full)
-        with pytest.raises(utils.UsageError, match="No space left on device.*see to it"):
+        with pytest.raises(utils.UsageError, match="No space left on device.*fix that"):
             files.fetch("MNIST", tmp_path)
     names = [p.name for p in tmp_path.rglob("*") if p.name in files.MNIST_FILES]
     files.fetch("MNIST", tmp_path)
@@ -553,7 +553,7 @@ DIFFER = r"dog.0\.png is 9x9 but .*cat.0\.png is 12x10"
         (lambda root: None, "needs a folder of images for each class"),
         (lambda root: root.mkdir(), "needs a folder of images for each class"),
         (lambda root: folders(root).joinpath("bird").mkdir(), "bird has no image that can be read"),
-        (lambda root: folders(root, names=("cat",)), "there is one class only \\(cat\\)"),
+        (lambda root: folders(root, names=("cat",)), "there is only one class \\(cat\\)"),
         (lambda root: folders(root, names=("cat",)) and folders(root, 1, (9, 9), ("dog",)), DIFFER),
     ],
 )

@@ -287,7 +287,7 @@ def test_what_is_no_picture_is_left_out_aloud(tmp_path, capsys):
         (tmp_path / name / "2.jfif").touch()
     assert len(owndata.load_folder(tmp_path, "mine")) == 2
     out = capsys.readouterr().out
-    assert re.search(r"left out, of no kind that is read: .*2\.jfif, and 1 more\n", out)
+    assert re.search(r"left out, not of a kind that is read: .*2\.jfif, and 1 more\n", out)
 
 
 def test_a_name_that_no_folder_can_have_is_refused():
@@ -360,7 +360,8 @@ def test_confusion_bars_and_filters(shown):
     assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     report.show_confusion(confusion, ("a", "b", "c"))
     texts = {text.get_position(): text.get_text() for text in shown[-1].axes[0].texts}
-    assert texts == {(0, 0): "50", (1, 0): "50", (1, 1): "100", (2, 2): "100"}  # (guess, truth)
+    # (prediction, truth)
+    assert texts == {(0, 0): "50", (1, 0): "50", (1, 1): "100", (2, 2): "100"}
     scores = utils.pixel_scores(confusion)
     report.show_class_scores(scores, ("a", "b", "c"))
     heights = [bar.get_height() for bar in shown[-1].axes[0].patches]
@@ -370,7 +371,7 @@ def test_confusion_bars_and_filters(shown):
 
 
 def test_calibration(shown):
-    """Bins by hand: 30 guesses of 0.65 and 0.75 with 24 right, 10 of 1.0 with 8 right."""
+    """Bins by hand: 30 predictions of 0.65 and 0.75 with 24 right, 10 of 1.0 with 8 right."""
     probabilities = torch.tensor([0.65] * 20 + [0.75] * 10 + [1.0] * 10)
     right = torch.tensor(
         [True] * 15 + [False] * 5 + [True] * 9 + [False] + [True] * 8 + [False] * 2
@@ -383,7 +384,7 @@ def test_calibration(shown):
     report.show_calibration({"one": (right, probabilities), "two": (right, probabilities)})
     lines = shown[-1].axes[0].lines
     assert [len(line.get_xdata()) for line in lines] == [2, 1, 1]  # a bin of ten is left out
-    assert lines[1].get_label() == "one: off by 13.8 points"
+    assert lines[1].get_label() == "one: ECE 13.8%"
 
 
 def test_thresholds_say_what_was_loaded():

@@ -68,7 +68,7 @@ def test_muon_steps_filters_by_an_orthogonal_matrix_and_the_rest_by_adamw(classi
     torch.manual_seed(0)
     model = classification.FastNet((8, 8, 8))
     before = copy.deepcopy(model)
-    optimizer = recipes.Muon(model, filters=0.1, others=5e-3)
+    optimizer = recipes.Muon(model, lr=0.1, adamw_lr=5e-3)
     filters = {id(p) for p in optimizer.filters}
     named = {n: p for n, p in model.named_parameters() if id(p) in filters}
     assert len(named) == 6 and all(p.ndim == 4 for p in named.values())
@@ -90,7 +90,7 @@ def test_muon_steps_by_the_averaged_gradient():
     """Three steps by the formula: m a + g averages, Nesterov's look ahead, a norm of 1."""
     draws = utils.generator(0)
     layer = nn.Conv2d(3, 4, 3, bias=False)
-    optimizer = recipes.Muon(layer, filters=0.1, momentum=0.8)
+    optimizer = recipes.Muon(layer, lr=0.1, momentum=0.8)
     expected, average = layer.weight.detach().clone(), torch.zeros(4, 3, 3, 3)
     for _ in range(3):
         gradient = torch.randn(4, 3, 3, 3, generator=draws)
@@ -108,7 +108,7 @@ def test_muon_leaves_the_rest_to_adamw():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     rest = copy.deepcopy(model[1:])
-    muon = recipes.Muon(model, others=0.01)
+    muon = recipes.Muon(model, adamw_lr=0.01)
     adamw = torch.optim.AdamW(rest.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(3):
         for weight in model.parameters():
@@ -123,7 +123,7 @@ def test_muon_leaves_the_rest_to_adamw():
 
 def test_the_rates_fall_in_a_line_to_nothing():
     model = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1))
-    optimizer = recipes.Muon(model, filters=0.1, others=0.02)
+    optimizer = recipes.Muon(model, lr=0.1, adamw_lr=0.02)
     schedule, rates = recipes.linear_decay(optimizer, range(10), epochs=3), []
     for _ in range(31):
         rates.append([group["lr"] for group in optimizer.param_groups])
@@ -323,7 +323,7 @@ def test_composed_scenes_take_statistics_as_plain_batches_do(scenes, run):
 def test_muon_moves_filters_that_start_at_zero():
     layer = nn.Conv2d(2, 4, 3, bias=False)
     nn.init.zeros_(layer.weight)
-    optimizer = recipes.Muon(layer, filters=0.1)
+    optimizer = recipes.Muon(layer, lr=0.1)
     layer(torch.randn(3, 2, 5, 5)).sum().backward()
     optimizer.step()
     assert layer.weight.isfinite().all() and layer.weight.abs().max() > 0

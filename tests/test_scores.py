@@ -48,23 +48,23 @@ def scored(dataset, logits, run):
 @pytest.mark.parametrize("absent", [(), (3,), (1, 5)])
 def test_pixel_scores_agree_with_torchmetrics_and_scikit_learn(run, absent):
     dataset, logits = maps(absent=absent)
-    scores, guesses = scored(dataset, logits, run), logits.argmax(1)
+    scores, predictions = scored(dataset, logits, run), logits.argmax(1)
     kept = dataset.labels != utils.IGNORE
-    truth, guess = dataset.labels[kept].numpy(), guesses[kept].numpy()
+    truth, prediction = dataset.labels[kept].numpy(), predictions[kept].numpy()
     present = [c for c in range(6) if c not in absent]
 
-    confusion = sklearn.metrics.confusion_matrix(truth, guess, labels=range(6))
+    confusion = sklearn.metrics.confusion_matrix(truth, prediction, labels=range(6))
     assert np.array_equal(scores.confusion.numpy(), confusion)
-    assert scores.accuracy == pytest.approx(100 * sklearn.metrics.accuracy_score(truth, guess))
-    iou = sklearn.metrics.jaccard_score(truth, guess, labels=present, average=None)
+    assert scores.accuracy == pytest.approx(100 * sklearn.metrics.accuracy_score(truth, prediction))
+    iou = sklearn.metrics.jaccard_score(truth, prediction, labels=present, average=None)
     assert scores.class_iou[present].tolist() == pytest.approx((100 * iou).tolist())
-    recall = sklearn.metrics.recall_score(truth, guess, labels=present, average=None)
+    recall = sklearn.metrics.recall_score(truth, prediction, labels=present, average=None)
     assert scores.class_accuracy[present].tolist() == pytest.approx((100 * recall).tolist())
 
     common = dict(num_classes=6, ignore_index=utils.IGNORE)
-    theirs = metrics.multiclass_jaccard_index(guesses, dataset.labels, average="none", **common)
+    theirs = metrics.multiclass_jaccard_index(predictions, dataset.labels, average="none", **common)
     assert scores.mean_iou == pytest.approx(100 * theirs[present].mean().item(), rel=1e-5)
-    accuracy = metrics.multiclass_accuracy(guesses, dataset.labels, average="micro", **common)
+    accuracy = metrics.multiclass_accuracy(predictions, dataset.labels, average="micro", **common)
     assert scores.accuracy == pytest.approx(100 * accuracy.item(), rel=1e-5)
 
 
@@ -93,24 +93,24 @@ def test_digits_and_backgrounds_are_scored_apart():
         assert report.landmarks(alike) == "landmarks: 50.0%, the commonest class everywhere"
 
 
-def test_a_class_that_is_only_guessed_counts_as_nought():
+def test_a_class_that_is_only_predicted_counts_as_nought():
     scores = utils.pixel_scores(torch.tensor([[5, 5], [0, 0]]))
     assert scores.class_iou.tolist() == [50.0, 0.0] and scores.mean_iou == 25.0
     assert scores.class_accuracy[0] == 50.0 and scores.class_accuracy[1].isnan()
 
 
 @pytest.mark.parametrize(
-    "labels, guesses, sentence",
+    "labels, predictions, sentence",
     [
         ([0, 3], [1, 1], "The labels: 1 labels are out of range 0 to 1, 3 for one"),
-        ([0, 1], [1, 3], "Guesses must be classes, 0 to 1"),
-        ([0, 255], [1, -1], None),  # an ignored pixel's guess is nobody's
+        ([0, 1], [1, 3], "Predictions must be classes, 0 to 1"),
+        ([0, 255], [1, -1], None),  # an ignored pixel's prediction is nobody's
     ],
 )
-def test_a_confusion_matrix_has_no_room_for_other_classes(labels, guesses, sentence):
+def test_a_confusion_matrix_has_no_room_for_other_classes(labels, predictions, sentence):
     refusal = pytest.raises(utils.UsageError, match=sentence) if sentence else nullcontext()
     with refusal:
-        counts = utils.confusion_matrix(torch.tensor(labels), torch.tensor(guesses), 2)
+        counts = utils.confusion_matrix(torch.tensor(labels), torch.tensor(predictions), 2)
         assert counts.tolist() == [[0, 1], [0, 0]]
 
 
@@ -149,6 +149,6 @@ def test_share_of_correct_images(run):
     batches = utils.Batches(dataset, 16, run, ([0.0], [1.0]))
     expected = 100 * sklearn.metrics.accuracy_score(labels, logits.argmax(1))
     assert utils.evaluate(Answers(logits, 16), batches, run) == pytest.approx(expected)
-    guesses, probabilities = utils.predict(Answers(logits, 16), batches, run)
-    assert torch.equal(guesses, logits.argmax(1))
+    predictions, probabilities = utils.predict(Answers(logits, 16), batches, run)
+    assert torch.equal(predictions, logits.argmax(1))
     torch.testing.assert_close(probabilities, logits.softmax(1).amax(1))
