@@ -387,18 +387,18 @@ def class_counts(dataset: Dataset) -> str:
     return f"{unit} of each class: " + ", ".join(rows)
 
 
-def show_images(
-    images: Tensor, titles: Sequence[str], columns: int = 10, page: str = "white"
-) -> None:
-    """Images uint8 (N, C, H, W) in a grid on a page of that colour, each under its title."""
+def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> None:
+    """Images uint8 (N, C, H, W) in a grid, each framed and under its title."""
     rows = math.ceil(len(images) / columns)
-    look = dict(figsize=(1.15 * columns, 1.35 * rows), facecolor=page, layout="constrained")
-    figure, grid = plt.subplots(rows, columns, squeeze=False, **look)
-    for axes in grid.flat:
-        axes.axis("off")
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, layout="constrained"
+    )
     for axes, image, title in zip(grid.flat, images, titles, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
         axes.set_title(title, fontsize=7)
+        axes.set(xticks=[], yticks=[])
+    for axes in grid.flat[len(images) :]:
+        axes.axis("off")
     plt.show()
 
 
@@ -537,8 +537,7 @@ def show_filters(convolution: nn.Conv2d) -> None:
     weights = convolution.weight.detach().float().cpu()
     low, high = weights.amin((1, 2, 3), True), weights.amax((1, 2, 3), True)
     pictures = (255 * (weights - low) / (high - low).clamp(min=1e-9)).to(torch.uint8)
-    titles = [""] * len(pictures)
-    show_images(pictures, titles, columns=min(16, len(pictures)), page="gray")  # shows white edges
+    show_images(pictures, [""] * len(pictures), columns=min(16, len(pictures)))
 
 
 @torch.inference_mode()
