@@ -148,9 +148,11 @@ class Checkpoint:
             # the same weights on another device round differently, a changed forward() does more
             same = torch.allclose(answer, logits, rtol=0, atol=0.01 * logits.abs().max().item())
         except Exception as error:  # a file that was tampered with can raise nearly everything
+            problem = out_of_memory(error)
+            if problem is None and re.match("(CUDA|cuDNN|cuBLAS) error", reason(error), re.I):
+                raise  # the device's fault, not the file's
             raise UsageError(
-                out_of_memory(error)
-                or f"{self.path} does not fit this run ({reason(error)}): {self.way_out}."
+                problem or f"{self.path} does not fit this run ({reason(error)}): {self.way_out}."
             ) from None
         if not same:
             raise UsageError(
@@ -453,13 +455,15 @@ def out_of_memory(error: Exception, batches=None) -> str | None:
     The frames that the error came through let go of their tensors.
     """
     texts = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    cudnn = "unable to find an engine"  # what it says when a GPU is full, and seldom otherwise
+    # what cuDNN and cuBLAS say when a GPU is full, and seldom otherwise
+    unclear = ("unable to find an engine", "status_not_initialized")
     known, text = isinstance(error, (MemoryError, torch.OutOfMemoryError)), str(error).lower()
-    if not known and not any(part in text for part in (*texts, cudnn)):
+    probable = any(part in text for part in unclear)
+    if not known and not probable and not any(part in text for part in texts):
         return None
     traceback.clear_frames(error.__traceback__)
-    what = f"Probably out of memory ({reason(error)})" if cudnn in text else "Out of memory"
+    what = f"Probably out of memory ({reason(error)})" if probable else "Out of memory"
     size = getattr(batches, "batch_size", None) or 1
     if size == 1:
-        return f"{what}: use a smaller model."
+        return f"{what}: use a smaller model, or stop what else uses the memory."
     return f"{what} with batches of {size}: try a batch size of {size // 2}."

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints import out_of_memory
 from files import UsageError, reason
 
 
@@ -98,7 +99,7 @@ class CapturedStep:
                 self.step(images, labels)
         except RuntimeError as error:
             first = error.__context__ or error  # the recording's own end fails, too
-            if isinstance(first, (torch.OutOfMemoryError, KeyboardInterrupt)):
+            if isinstance(first, KeyboardInterrupt) or out_of_memory(first):
                 raise first from None
             raise UsageError(
                 f"The training step can't be recorded as a CUDA graph ({reason(first)}): "

@@ -171,6 +171,8 @@ def settings(
         paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
     if sys.platform == "darwin":  # NNPACK slows conv2d down (ultralytics/ultralytics#26221)
         torch.backends.nnpack.set_flags(False)
+    # of torch 2.9, and about the older names, which all versions have
+    warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     named = value["PRECISION"]
     precision = getattr(torch, named) if named else best_precision(device)

@@ -466,10 +466,10 @@ def train(
 
     Both are `Batches`, or any iterable with a length that yields (images, labels), a torch
     DataLoader say: float32 (B, C, H, W), and int64 (B) or (B, H, W), of which IGNORE counts for
-    nothing. `loss_function(logits, labels, ignore_index=IGNORE)` is the mean over the labels that
-    count; `schedule` steps after every batch. Losses and counts are summed up on the device, and no
-    step waits for them; a batch's loss is weighted by its labels, so a short one counts for what it
-    is.
+    nothing. `loss_function(logits, labels, ignore_index=IGNORE)`, of float32 logits, is the mean
+    over the labels that count; `schedule` steps after every batch. Losses and counts are summed up
+    on the device, and no step waits for them; a batch's loss is weighted by its labels, so a short
+    one counts for what it is.
     With a `checkpoint` a run that was cut short goes on; with `patience` training ends when the
     best validation accuracy is that many epochs old. Ctrl-C returns the history so far, `stopped`:
     with a checkpoint, model and history are as after the last epoch that was saved; without one,
@@ -498,7 +498,7 @@ def train(
     def step(images: Tensor, labels: Tensor) -> None:
         with run.autocast():
             logits = forward(images)
-            loss = loss_function(logits, labels, ignore_index=IGNORE)
+            loss = loss_function(logits.float(), labels, ignore_index=IGNORE)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)

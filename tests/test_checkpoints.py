@@ -553,6 +553,19 @@ def test_an_odd_checkpoint_is_refused(change, sentence, tmp_path, tally):
     tally.add("faults")
 
 
+def test_a_fault_of_the_device_is_not_the_checkpoints(tmp_path, tally, monkeypatch, uninterrupted):
+    stopped(tmp_path, 2)
+
+    def fails(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_answer", fails)
+        with pytest.raises(RuntimeError, match="^CUDA error: an illegal memory access"):
+            victim.fit(tmp_path)
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
+
+
 def test_a_checkpoint_that_holds_a_program_is_not_run(tmp_path, tally):
     stopped(tmp_path, 2)
     state = torch.load(tmp_path / "toy.pt", weights_only=True)
@@ -826,12 +839,17 @@ def no_engine():  # cuDNN's words
     raise RuntimeError("FIND was unable to find an engine to execute this computation")
 
 
+def no_handle():  # cuBLAS's words
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`")
+
+
 @pytest.mark.parametrize(
     "allocate, what_happened",
     [
         (no_memory, "Out of memory"),
         (really_no_memory, "Out of memory"),
         (no_engine, r"Probably out of memory \(FIND was unable .* this computation\)"),
+        (no_handle, r"Probably out of memory \(CUDA error: CUBLAS_STATUS_NOT_.*\)"),
     ],
 )
 def test_out_of_memory_says_which_batch_size_to_try(

@@ -98,6 +98,22 @@ def test_float16_leaves_out_the_steps_that_overflow(run, optimizer_of, monkeypat
     assert late[-1].validation_accuracy > 90
 
 
+def test_a_loss_is_of_float32_logits_where_the_model_gives_16_bits(run):
+    """On CUDA autocast leaves part of cross_entropy in the type of its logits."""
+    half, model, kinds = dataclasses.replace(run, precision=torch.bfloat16), small_model(), set()
+
+    def loss(logits, labels, ignore_index):
+        kinds.add(logits.dtype)
+        return nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)
+
+    batches = utils.Batches(toy(), 10, run)
+    with half.autocast():
+        assert model(next(iter(batches))[0]).dtype == torch.bfloat16
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    utils.train(model, optimizer, batches, batches, 1, half, loss_function=loss)
+    assert kinds == {torch.float32}
+
+
 def test_gradients_that_are_never_finite_in_float16_end_the_run(run):
     half = dataclasses.replace(run, precision=torch.float16)
 
