@@ -7,6 +7,7 @@ Training then starts from what it finds, if that is the same run; `utils.train` 
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import gc
 import inspect
@@ -262,33 +263,36 @@ def _describe(value) -> str:
             f"{len(value)} batches of {value.batch_size}, {kinds}, {len(value.dataset)} examples, "
             f"SHA-256 of a batch {digest.hexdigest()[:16]}"
         )
-    if (getattr(value, "__module__", None) or "").startswith("torch.nn.functional"):
-        return value.__qualname__  # its source may change with a version
-    if isinstance(value, functools.partial):
-        keywords = {name: _describe(item) for name, item in value.keywords.items()}
-        return f"partial {_describe(value.func)} {list(map(_describe, value.args))} {keywords}"
-    if isinstance(value, Tensor):
-        return str(value.detach().cpu())
-    if inspect.isfunction(value):
-        return _describe_function(value)
-    return str(value)
+    function = inspect.unwrap(value.func if isinstance(value, functools.partial) else value)
+    function = getattr(function, "__func__", function)  # a method's
+    if (getattr(function, "__module__", None) or "").startswith("torch.nn.functional"):
+        return function.__qualname__ if function is value else str(value)
+    if inspect.isfunction(function):
+        return f"{value} {_describe_function(function)}"
+    return str(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
 def _describe_function(function) -> str:
-    """Its source, its defaults, and the plain values that it takes from outside itself."""
-    try:
-        source = inspect.getsource(function)
-    except OSError:  # made by exec
-        source = function.__code__.co_code.hex()
-    defaults = inspect.signature(function).parameters.values()
-    outside = inspect.getclosurevars(function)
+    """Its defaults, the plain values that it takes from outside itself, and its source."""
+    code = function.__code__
+    defaults = function.__defaults__, function.__kwdefaults__
+    defaults = [_describe(item) for item in (*(defaults[0] or ()), *(defaults[1] or {}).values())]
+    reads = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    outside = {name: function.__globals__.get(name) for name in sorted(reads)}
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    outside |= zip(code.co_freevars, cells, strict=True)
     plain = int, float, str, tuple, Tensor
-    values = {
-        name: _describe(value)
-        for name, value in {**outside.globals, **outside.nonlocals}.items()
-        if isinstance(value, plain)
-    }
-    return f"{function} {list(map(str, defaults))} {values}\n{source}"
+    outside = {name: _describe(item) for name, item in outside.items() if isinstance(item, plain)}
+    try:
+        source = "" if code.co_name == "<lambda>" else inspect.getsource(function)
+    except OSError:  # made by exec
+        source = ""
+    compiled = (
+        code.co_code.hex(),
+        code.co_names,
+        [c for c in code.co_consts if not inspect.iscode(c)],
+    )
+    return f"{defaults} {outside}\n{source or compiled}"
 
 
 def _describe_schedule(schedule) -> str:

@@ -1,6 +1,6 @@
 """Your own data: folders of images, pairs of images and masks, or arrays, as a `utils.Dataset`.
 
-What does not fit gets one sentence, before anything is trained on it.
+What does not fit is refused in a sentence or two, before anything is trained on it.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def load_pairs(
 
     Images become uint8 RGB (N, 3, size, size), maps uint8 (N, size, size); without a size all must
     be of one. A mask's pixels are class indices of one byte, or a palette's, and not of a JPEG,
-    whose compression changes them; `ignore` and 255 are neither learned nor scored. Raises
-    UsageError.
+    whose compression changes them; `ignore` and 255 are neither learned nor scored; a class of that
+    number has no name and no output, and those after it move up by one. Raises UsageError.
     """
     paths = []
     for folder in (Path(images), Path(masks)):
@@ -234,8 +234,9 @@ def _classes(
     counted = labels[(labels != IGNORE) & (labels != ignore)].unique()
     if len(counted) < 2:
         only = ", ".join(str(label) for label in counted.tolist()) or "none"
+        ignored = IGNORE if ignore == IGNORE else f"{ignore} or {IGNORE}"
         raise UsageError(
-            f"The labels hold fewer than two classes ({only}) besides {IGNORE}, which is ignored: "
+            f"The labels hold fewer than two classes ({only}) besides {ignored}, which is ignored: "
             "number the classes 0, 1 and so on."
         )
     highest = min(int(counted.max()), IGNORE - 1)  # Dataset refuses what is higher

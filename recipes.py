@@ -46,7 +46,7 @@ class Muon(torch.optim.AdamW):
             raise UsageError(f"{type(model).__name__} has no convolution without a bias for Muon.")
         groups = [dict(params=self.filters, lr=lr, momentum=momentum), dict(params=rest)]
         super().__init__(groups, adamw_lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.defaults |= dict(filters=lr, momentum=momentum)
+        self.defaults |= dict(lr=lr, adamw_lr=adamw_lr, momentum=momentum)
 
     @torch.no_grad()
     def step(self):

@@ -138,7 +138,7 @@ def record_run(
         raise UsageError(f"{name}: no epoch was trained to its end, so there is nothing to record.")
     best = max(history, key=lambda e: e.validation_accuracy)
     group, data = optimizer.defaults, batches.dataset
-    keys = "lr", "filters", "momentum", "nesterov", "weight_decay"
+    keys = "lr", "adamw_lr", "momentum", "nesterov", "weight_decay"
     settings_of = {k: group[k] for k in keys if k in group}
     record = dict(
         run=name,

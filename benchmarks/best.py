@@ -49,13 +49,13 @@ def fit(
     test_batches: utils.Batches,
     epochs: int,
     run: settings.Settings,
-    filters: float = 0.1,
+    lr: float = 0.1,
     loss: Callable = SMOOTHED,
     mirror: bool = False,
 ) -> dict:
     """Train on `batches` as the notebooks do; returns what it took and how it scores."""
     model = model.to(run.device, memory_format=torch.channels_last)
-    optimizer = recipes.Muon(model, filters)
+    optimizer = recipes.Muon(model, lr)
     schedule = recipes.linear_decay(optimizer, batches, epochs)
     # the loop asks for a score after each epoch: here it is of images that were trained on
     some = torch.arange(0, len(batches.dataset), len(batches.dataset) // 500)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import random
 import re
@@ -370,10 +371,43 @@ def test_a_loss_is_told_by_its_source_its_defaults_and_what_it_takes_from_outsid
     assert len({first, *map(facts, others)}) == 7
     monkeypatch.setitem(globals(), "FACTOR", 3.0)
     assert facts(a_loss()) != first
-    for sign in "+-":  # no file holds the source of these
-        exec(f"def loss(logits):\n    return logits {sign} 1", own := {})
-        others.append(own["loss"])
-    assert facts(others[-1]) != facts(others[-2])
+
+
+def test_a_loss_without_a_source_of_its_own_is_told_by_what_it_was_compiled_to():
+    made = [lambda x: x + 1.5, lambda x: x - 1.5, lambda x: x - 2.5]
+    for end in ("+ 1.5", "- 1.5", "- 2.5"):
+        exec(f"def loss(logits):\n    return logits {end}", own := {})
+        made.append(own["loss"])
+    made += [partial(loss, 1) for loss in made]
+    assert len({re.sub(r" at 0x\w+", "", checkpoints._describe(loss)) for loss in made}) == 12
+
+
+class OfAnObject:
+    def loss(self, logits, labels, ignore_index):
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index) + FACTOR
+
+    @functools.wraps(loss)
+    def wrapped(self, *arguments, **options):
+        return self.loss(*arguments, **options)
+
+    def __repr__(self):
+        return "an object"
+
+
+@pytest.mark.parametrize("name", ["loss", "wrapped"])
+def test_a_loss_that_is_a_method_or_wrapped_is_told_by_its_own_source(name, monkeypatch):
+    before = checkpoints._describe(getattr(OfAnObject(), name))
+    assert "+ FACTOR" in before and "{'FACTOR': '2.0'}" in before
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert checkpoints._describe(getattr(OfAnObject(), name)) != before
+
+
+def test_a_loss_of_torch_is_told_by_its_name_and_arguments():
+    parts = torch.optim.SGD([torch.zeros(1)]), None, torch.amp.GradScaler("cpu")
+    smooth = partial(F.cross_entropy, label_smoothing=0.1)
+    facts = checkpoints.facts_of(victim.model(), *parts, checkpoints.RandomState(), loss=smooth)
+    # the text in the checkpoints of best models that were trained before functions had sources
+    assert facts["loss"] == "functools.partial(<function cross_entropy>, label_smoothing=0.1)"
 
 
 @pytest.mark.parametrize("address", ["0x7f3c5a1be0d0", "0x000001D5C3B7F0A0"])
