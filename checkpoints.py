@@ -275,8 +275,7 @@ def _describe(value) -> str:
 def _describe_function(function) -> str:
     """Its defaults, the plain values that it takes from outside itself, and its source."""
     code = function.__code__
-    defaults = function.__defaults__, function.__kwdefaults__
-    defaults = [_describe(item) for item in (*(defaults[0] or ()), *(defaults[1] or {}).values())]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     reads = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
     outside = {name: function.__globals__.get(name) for name in sorted(reads)}
     cells = (cell.cell_contents for cell in function.__closure__ or ())
@@ -287,12 +286,9 @@ def _describe_function(function) -> str:
         source = "" if code.co_name == "<lambda>" else inspect.getsource(function)
     except OSError:  # made by exec
         source = ""
-    compiled = (
-        code.co_code.hex(),
-        code.co_names,
-        [c for c in code.co_consts if not inspect.iscode(c)],
-    )
-    return f"{defaults} {outside}\n{source or compiled}"
+    constants = [item for item in code.co_consts if not inspect.iscode(item)]
+    compiled = code.co_code.hex(), code.co_names, constants
+    return f"{list(map(_describe, defaults))} {outside}\n{source or compiled}"
 
 
 def _describe_schedule(schedule) -> str:

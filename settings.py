@@ -171,7 +171,7 @@ def settings(
         paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
     if sys.platform == "darwin":  # NNPACK slows conv2d down (ultralytics/ultralytics#26221)
         torch.backends.nnpack.set_flags(False)
-    # of torch 2.9, and about the older names, which all versions have
+    # torch 2.9 warns of the names used here, which every version has
     warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
     torch.set_flush_denormal(True)  # without it, dead weights' averages halve AdamW's speed on CPUs
     named = value["PRECISION"]
