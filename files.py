@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import math
 import os
 import shutil
 import struct
@@ -230,7 +231,7 @@ def _download(name: str, archive: str, sha256: str, partial: Path, folder: Path)
 
 def _network_reason(error: Exception) -> str:
     """A failed download in two or three words."""
-    if isinstance(error, ValueError) and not isinstance(error, requests.RequestException):
+    if not isinstance(error, requests.RequestException):
         return "the file's hash is wrong"
     if isinstance(error, requests.HTTPError):
         return f"answered {error.response.status_code}"
@@ -311,7 +312,7 @@ def check_idx(path: Path, dimensions: int) -> tuple[int, ...]:
     problem = "has no idx header of unsigned bytes"
     if len(header) == 4 + 4 * dimensions and header[:4] == bytes([0, 0, 8, dimensions]):
         shape = struct.unpack(f">{dimensions}I", header[4:])
-        expected, size = len(header) + int(np.prod(shape, dtype=object)), path.stat().st_size
+        expected, size = len(header) + math.prod(shape), path.stat().st_size
         if size == expected and 0 not in shape:
             return shape
         problem = f"has {size:,} bytes, where its header says {expected:,}"

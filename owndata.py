@@ -128,6 +128,8 @@ def load_pairs(
     whose compression changes them; `ignore` and 255 are neither learned nor scored; a class of that
     number has no name and no output, and those after it move up by one. Raises UsageError.
     """
+    if not 0 <= ignore <= IGNORE:
+        raise UsageError(f"ignore is {ignore}: a mask's pixels are 0 to {IGNORE}.")
     paths = []
     for folder in (Path(images), Path(masks)):
         found = [path for path in _listed(folder) if path.is_file()]
@@ -187,7 +189,7 @@ def load_npz(path: str | Path, name: str, classes: Sequence[str] = ()) -> Datase
     images, labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
     if images.ndim == 3:
         images = images[:, None]
-    elif images.ndim == 4 and images.shape[1] > 4 and images.shape[3] in (1, 3, 4):
+    elif images.ndim == 4 and images.shape[3] <= 4 < images.shape[1]:
         images = images.permute(0, 3, 1, 2)
     return Dataset(name, "own", images.contiguous(), *_classes(labels, classes))
 

@@ -34,16 +34,15 @@ class Progress:
     def step(self, epoch: int, step: int, totals: Tensor) -> None:
         """Every 25 iterations: mean loss and accuracy of the epoch so far."""
         arrived = self.copied is None or self.copied.query()
-        if self.place and not arrived:
-            return  # a newer copy would arrive later still: a GPU may be many steps behind
         if self.place:
+            if not arrived:
+                return  # a newer copy would arrive later still: a GPU may be many steps behind
             require_finite(*self.place, self.totals)
-        counted = self.place and self.totals[2] > 0  # some labels may be ignored
-        if counted and time.perf_counter() - self.shown > 2:
             loss, correct, count, _ = self.totals.tolist()
-            scores = f"loss {loss / count:.4f}, training {100 * correct / count:.2f}%"
-            at = f"epoch {self.place[0]}/{self.epochs}, step {self.place[1]}/{self.steps}"
-            self._line(f"{at}: {scores}", final=False)
+            if count and time.perf_counter() - self.shown > 2:  # some labels may be ignored
+                scores = f"loss {loss / count:.4f}, training {100 * correct / count:.2f}%"
+                at = f"epoch {self.place[0]}/{self.epochs}, step {self.place[1]}/{self.steps}"
+                self._line(f"{at}: {scores}", final=False)
         self.place = epoch, step
         self.totals.copy_(totals, non_blocking=True)
         if self.copied is not None:

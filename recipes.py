@@ -188,8 +188,8 @@ class Resized(Batches):
     that any two epochs in a row see both sides of all; the first epoch's are drawn. Jordan, 2024.
     """
 
-    def __init__(self, *batches, sizes: Sequence[int], alternate: bool = True, **options):
-        super().__init__(*batches, **options)
+    def __init__(self, *arguments, sizes: Sequence[int], alternate: bool = True, **options):
+        super().__init__(*arguments, **options)
         self.sizes, self.alternate = tuple(sizes), alternate
         if not self.sizes or self.labels.ndim != 1:
             raise UsageError(f"{self.dataset.name}: give a size, and images with one label each.")
@@ -227,8 +227,8 @@ class Warped(Batches):
     Applied to Document Recognition, 1998.
     """
 
-    def __init__(self, *batches, degrees: float, stretch: float, move: float, **options):
-        super().__init__(*batches, **options)
+    def __init__(self, *arguments, degrees: float, stretch: float, move: float, **options):
+        super().__init__(*arguments, **options)
         height, width = self.dataset.images.shape[2:]
         if height != width or self.labels.ndim != 1:
             raise UsageError(f"{self.dataset.name}: only square images with one label are warped.")
@@ -276,7 +276,7 @@ class Composed(Batches):
         if scenes.layers is None:
             raise UsageError(f"{scenes.name}: scenes without layers can't be made anew.")
         digits, backgrounds = scenes.layers
-        self.numbers = len(digits.classes)
+        self.digit_classes = len(digits.classes)
         self.backgrounds = Batches(backgrounds, batch_size, run, ([0.0] * 3, [1.0] * 3), **options)
         if backgrounds.images.shape != scenes.images.shape:
             raise UsageError(f"{scenes.name}: the scenes are of another size than their layers.")
@@ -306,7 +306,7 @@ class Composed(Batches):
         for (images, labels), (ink, numbers), colour in parts:
             ink = ink[..., 1:-1, 1:-1]
             scenes = 255 * images.lerp(colour, ink)
-            labels = (self.numbers + labels)[:, None, None]
+            labels = (self.digit_classes + labels)[:, None, None]
             maps = torch.where(ink[:, 0] > 0.5, numbers[:, None, None], labels)
             yield self._normalise(scenes.permute(0, 2, 3, 1)), maps
 

@@ -183,8 +183,7 @@ def keep(
 ) -> None:
     """Put the rows of one run or question, by its `key`, into a file, in place of those there.
 
-    But for better founded ones: of more epochs or seeds of the same data, or of the published data
-    where these are not.
+    But for better founded ones, see `gives_way`: they stay.
     """
     name = rows[0][key]
     try:
@@ -210,9 +209,10 @@ def keep(
 
 
 def gives_way(old: dict, new: dict) -> bool:
-    """Whether a new record may take an old one's place: it is of as many epochs and seeds, or more.
+    """Whether a new record may take an old one's place.
 
-    What is of other data may, too, but never takes the place of the published data's.
+    One of more epochs may; of as many, one of as many seeds or more, but never a short one in a
+    full one's place. What is of other data may, too, but never in the published data's.
     """
     if _other(new) and not _other(old):  # the published data's stays
         return False
@@ -387,14 +387,20 @@ def class_counts(dataset: Dataset) -> str:
     return f"{unit} of each class: " + ", ".join(rows)
 
 
+def _visible(images: Tensor) -> np.ndarray:
+    """Images uint8 (N, C, H, W) as (N, H, W, 3): their first three bands, or the first in grey."""
+    bands = 3 if images.shape[1] >= 3 else 1
+    return images[:, :bands].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+
+
 def show_images(images: Tensor, titles: Sequence[str], columns: int = 10) -> None:
     """Images uint8 (N, C, H, W) in a grid, each framed and under its title."""
     rows = math.ceil(len(images) / columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, layout="constrained"
     )
-    for axes, image, title in zip(grid.flat, images, titles, strict=False):
-        axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
+    for axes, image, title in zip(grid.flat, _visible(images), titles, strict=False):
+        axes.imshow(image)
         axes.set_title(title, fontsize=7)
         axes.set(xticks=[], yticks=[])
     for axes in grid.flat[len(images) :]:
@@ -566,7 +572,7 @@ def show_prediction(
         return
     likeliest = probability.topk(min(5, len(dataset.classes)))
     figure, (left, right) = plt.subplots(1, 2, figsize=(6, 2.2), layout="constrained")
-    left.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
+    left.imshow(_visible(picture[None])[0])
     left.axis("off")
     names = [dataset.classes[c] for c in likeliest.indices]
     right.barh(range(len(names)), 100 * likeliest.values.numpy(), color="#0072B2")
@@ -588,9 +594,7 @@ def show_scenes(dataset: Dataset, maps: Mapping[str, Tensor], count: int = 6) ->
     palette = np.ones((256, 3))
     palette[: len(dataset.classes)] = [shades[c % 20] for c in range(len(dataset.classes))]
     scenes = torch.linspace(0, len(dataset) - 1, count).long()
-    bands = 3 if dataset.images.shape[1] >= 3 else 1  # one is grey
-    photographs = dataset.images[scenes, :bands].expand(-1, 3, -1, -1)
-    photographs = photographs.permute(0, 2, 3, 1).numpy() / 255
+    photographs = _visible(dataset.images[scenes]) / 255
     painted = {title: palette[labels[scenes].numpy()] for title, labels in maps.items()}
     first = next(iter(maps))
     grey = photographs.mean(-1, keepdims=True)  # so that a colour in it is a class's

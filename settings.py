@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -316,6 +317,17 @@ def commit() -> str:
         return at + ("-dirty" if subprocess.run(command, **options).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def measured_on(run: Settings) -> dict[str, str]:
+    """The facts of a measurement: the machine, the versions, and when it began."""
+    return dict(
+        hardware=hardware_name(run.device),
+        precision=dtype_name(run.precision),
+        torch=str(torch.__version__),
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

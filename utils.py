@@ -238,11 +238,11 @@ def load_scenes(run: Settings) -> tuple[Dataset, Dataset]:
 def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     """One scene per background: a digit in a random colour at a random place, blended over it.
 
-    Of ten digits (M, 1, S, S) and N backgrounds in colour, images (N, 3, H, W) and label maps
-    uint8 (N, H, W): a pixel is its digit (0 to 9) where the ink is over one half, else its
-    background (10 and up). No digit is used twice while there are as many as backgrounds. The
-    scenes' `layers` are these digits, in the order in which they were dealt, and the backgrounds.
-    Raises UsageError for digits or backgrounds of another kind.
+    Of digits (M, 1, S, S) and N backgrounds in colour, images (N, 3, H, W) and label maps uint8
+    (N, H, W): a pixel is its digit where the ink is over one half, else its background, numbered
+    after the digits. No digit is used twice while there are as many as backgrounds. The scenes'
+    `layers` are these digits, in the order in which they were dealt, and the backgrounds. Raises
+    UsageError for backgrounds that are grey, lack a class or are smaller than the digits.
     """
     if backgrounds.images.shape[1] != 3 or (backgrounds.labels == IGNORE).any():
         raise UsageError(f"{backgrounds.name}: backgrounds must be in colour, each with a class.")
@@ -258,7 +258,8 @@ def compose_scenes(digits: Dataset, backgrounds: Dataset, seed: int) -> Dataset:
     colour = torch.randint(256, (n, 3, 1, 1), generator=draws, dtype=torch.uint8)
 
     images = backgrounds.images.clone()
-    labels = (backgrounds.labels + 10)[:, None, None].repeat(1, height, width).to(torch.uint8)
+    labels = (len(digits.classes) + backgrounds.labels)[:, None, None].to(torch.uint8)
+    labels = labels.repeat(1, height, width)
     for y, x in np.ndindex(height - side + 1, width - side + 1):  # 25 places, each in one go
         here = ((top == y) & (left == x)).nonzero()[:, 0]
         rows, columns = slice(y, y + side), slice(x, x + side)

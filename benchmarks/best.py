@@ -25,7 +25,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -234,12 +233,6 @@ def main() -> None:
     run = utils.settings(environ={**os.environ, "PROFILE": profile})
     print(run, flush=True)
     names, seeds = options.only or list(RUNS), range(options.seeds)
-    machine = dict(
-        hardware=settings.hardware_name(run.device),
-        precision=settings.dtype_name(run.precision),
-        torch=torch.__version__,
-        commit=settings.commit(),
-    )
     rows, sides = [], []
     for seed in seeds:
         if options.airbench:
@@ -249,8 +242,7 @@ def main() -> None:
         for name in names:
             RUNS[name](replace(run, epochs_cap=6), 0)
     for name, measure in sides:
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        rows.append({"model": name, **machine, **measure(), "date": date})
+        rows.append({"model": name, **settings.measured_on(run), **measure()})
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         if options.json:
             old = json.loads(options.json.read_text()) if options.json.exists() else []

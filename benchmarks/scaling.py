@@ -11,13 +11,12 @@ where a GPU would replay them as graphs and be faster: beside several that is no
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,6 +32,7 @@ import utils  # noqa: E402
 def measure(steps: int, width: int) -> None:
     """One process's part of a round; the first prints images per second, all processes together."""
     run = utils.settings(graphs=False, environ={**os.environ, "PROFILE": "quick"})
+    run = replace(run, quiet=True)
     torch.manual_seed(0)
     model = report.notebook_definitions("imageclassification.ipynb").CifarResNet(width)
     model = model.to(run.device, memory_format=torch.channels_last)
@@ -42,8 +42,7 @@ def measure(steps: int, width: int) -> None:
     training = training.subset(torch.arange(steps * batch) % len(training))
     batches = utils.Batches(training, batch, run, shuffle=True, flip=True, shift=4)
     one = utils.Batches(training.subset(torch.arange(settings.world_size())), 1, run)
-    with contextlib.redirect_stdout(io.StringIO()):
-        history = utils.train(model, optimizer, batches, one, 2, run)
+    history = utils.train(model, optimizer, batches, one, 2, run)
     if settings.rank() == 0:
         print(len(training) / history[-1].seconds)  # the second epoch: the first warms up
 

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import ctypes
 import gc
-import io
 import json
 import os
 import statistics
@@ -27,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +128,8 @@ class Ours:
 
     def __init__(self, task: Task, training, validation, run: settings.Settings, seed: int = 0):
         torch.manual_seed(seed)
-        self.run, self.peak, levels = run, task.peak, task.training.statistics()
+        self.run = replace(run, quiet=True)
+        self.peak, levels = task.peak, task.training.statistics()
         self.model = task.make(task.width).to(run.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), task.peak, weight_decay=0.05, fused=True
@@ -152,10 +150,9 @@ class Ours:
 
     def fit(self, epochs: int, validation) -> list[utils.Epoch]:
         schedule = utils.one_cycle(self.optimizer, self.batches, epochs, self.peak)
-        with contextlib.redirect_stdout(io.StringIO()):
-            history = utils.train(
-                self.model, self.optimizer, self.batches, validation, epochs, self.run, schedule
-            )
+        history = utils.train(
+            self.model, self.optimizer, self.batches, validation, epochs, self.run, schedule
+        )
         history.raise_if_stopped(type(self.model).__name__)
         return history
 
@@ -382,16 +379,9 @@ def main() -> None:
     profile = "quick" if options.quick else "full"
     run = utils.settings(graphs=not options.no_graphs, environ={**os.environ, "PROFILE": profile})
     print(run, flush=True)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
     rows, found = [], tasks(run, 16 if options.quick else 64)
-    machine = dict(
-        hardware=settings.hardware_name(run.device),
-        precision=settings.dtype_name(run.precision),
-        torch=torch.__version__,
-        data=sorted({f"{t.training.name} ({t.training.source})" for t in found.values()}),
-        commit=settings.commit(),
-        date=now,
-    )
+    data = sorted({f"{t.training.name} ({t.training.source})" for t in found.values()})
+    machine = dict(settings.measured_on(run), data=data)
     old = {"machine": machine, "rows": []}
     if options.only and options.json and options.json.exists():
         old = json.loads(options.json.read_text())
@@ -412,7 +402,7 @@ def main() -> None:
         small = replace(cifar, name="CifarResNet(32)", width=32, peak=3e-3, moved=False)
         goals = {70.0: (small, 3), 76.83: (small, 6)}
         rows += time_to_score(cifar, goals, run, options.budget)
-    rows = [dict(row, date=now, commit=machine["commit"]) for row in rows]
+    rows = [dict(row, date=machine["date"], commit=machine["commit"]) for row in rows]
     again = {(row["model"], "b_is" in row) for row in rows}  # times to a score apart
     rows += [row for row in old["rows"] if (row["model"], "b_is" in row) not in again]
     print(table(rows))

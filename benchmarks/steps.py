@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +30,6 @@ import recipes  # noqa: E402
 import report  # noqa: E402
 import settings  # noqa: E402
 import utils  # noqa: E402
-
-IMAGES = {"mnist": 48_000, "cifar10": 40_000}  # in an epoch of the write-up's; scenes: as cifar10
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     run = replace(utils.settings(environ={**os.environ, "PROFILE": "full"}), quiet=True)
     print(run, flush=True)
-    rows = []
+    facts, rows = settings.measured_on(run), []
     for name, case in cases().items():
         case = replace(case, steps=4) if options.quick else case
         row = dict(model=name, batch_size=case.batch_size, steps=case.steps)
@@ -126,21 +124,13 @@ def main() -> None:
         if run.graphs:
             row |= dict(replayed_seconds=measure(case, run))
             if old := report.WRITE_UP.get(name):
-                images = IMAGES.get(name, IMAGES["cifar10"])
-                steps = old["epochs"] * -(-images // case.batch_size)
+                images = 48_000 if name == "mnist" else 40_000  # in an epoch of the write-up's
+                steps = old["epochs"] * math.ceil(images / case.batch_size)
                 whole = steps * row["replayed_seconds"]
                 row |= dict(epochs=old["epochs"], epochs_seconds=whole)
         rows.append(row)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
-    facts = dict(
-        hardware=settings.hardware_name(run.device),
-        precision=settings.dtype_name(run.precision),
-        torch=str(torch.__version__),
-        commit=settings.commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        six_models_seconds=sum(row.get("epochs_seconds", 0) for row in rows),
-        rows=rows,
-    )
+    facts |= dict(six_models_seconds=sum(row.get("epochs_seconds", 0) for row in rows), rows=rows)
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -199,6 +199,14 @@ def test_a_pixel_is_its_digit_where_the_ink_is_over_one_half():
     assert (labels == 0).sum() == 1 and (labels == 10).sum() == 32 * 32 - 1
 
 
+def test_backgrounds_are_numbered_after_the_digits():
+    digits, backgrounds = coded_digits(600), coded_backgrounds(500)
+    letters = dataclasses.replace(digits, classes=tuple("abcdefghijkl"))
+    scenes = utils.compose_scenes(letters, backgrounds, seed=0)
+    assert scenes.labels[scenes.labels >= 10].min() == 12 and scenes.labels.max() == 21
+    assert scenes.classes[12] == backgrounds.classes[0]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_digit_is_blended_by_its_ink(seed):
     digits, backgrounds = coded_digits(1), coded_backgrounds(1)

@@ -634,16 +634,22 @@ def test_pairs_that_will_not_do(spoil, sentence, tmp_path, tally):
     tally.add("faults")
 
 
+def test_an_ignored_class_is_of_one_byte(tmp_path):
+    with pytest.raises(utils.UsageError, match="ignore is 256: a mask's pixels are 0 to 255"):
+        owndata.load_pairs(*pairs(tmp_path), ignore=256)
+
+
 # ---- npz
 
 
-def test_npz_in_three_layouts(tmp_path):
+def test_npz_in_any_layout(tmp_path):
     images = np.random.default_rng(0).integers(256, size=(6, 3, 8, 9), dtype=np.uint8)
     layouts = {"nchw": images, "nhwc": images.transpose(0, 2, 3, 1), "grey": images[:, 0]}
+    layouts["two bands"] = images[:, :2].transpose(0, 2, 3, 1)
     for layout, array in layouts.items():
         np.savez_compressed(tmp_path / f"{layout}.npz", images=array, labels=np.arange(6) % 2)
         dataset = owndata.load_npz(tmp_path / f"{layout}.npz", "mine", ("a", "b"))
-        expected = images[:, :1] if layout == "grey" else images
+        expected = images[:, : {"grey": 1, "two bands": 2}.get(layout, 3)]
         assert (dataset.images.numpy() == expected).all() and dataset.labels.dtype == torch.int64
 
 

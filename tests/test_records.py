@@ -215,7 +215,7 @@ def test_pictures_of_odd_data_sets(shown):
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4])
-def test_scenes_of_other_bands_are_shown_in_grey_or_in_the_first_three(bands, shown):
+def test_images_of_other_bands_are_shown_in_grey_or_in_the_first_three(bands, shown):
     images = torch.randint(0, 256, (3, bands, 8, 8), dtype=torch.uint8)
     maps = torch.arange(64).view(1, 8, 8).repeat(3, 1, 1) % 2
     report.show_scenes(utils.Dataset("bands", "own", images, maps, ("a", "b")), {"label": maps}, 1)
@@ -223,3 +223,6 @@ def test_scenes_of_other_bands_are_shown_in_grey_or_in_the_first_three(bands, sh
     first = images[0].permute(1, 2, 0).numpy() / 255
     expected = first[..., :3] if bands == 4 else first[..., :1].repeat(3, -1)
     np.testing.assert_array_equal(picture, expected)
+    pictures = utils.Dataset("bands", "own", images, torch.arange(3) % 2, ("a", "b"))
+    report.show_classes(pictures)
+    np.testing.assert_array_equal(shown[-1].axes[0].images[0].get_array() / 255, expected)
