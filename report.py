@@ -211,8 +211,8 @@ def keep(
 def gives_way(old: dict, new: dict) -> bool:
     """Whether a new record may take an old one's place.
 
-    One of more epochs may; of as many, one of as many seeds or more, but never a short one in a
-    full one's place. What is of other data may, too, but never in the published data's.
+    One of more epochs may; of as many, one of more seeds; of as many of both, any but a short one
+    in a full one's place. What is of other data may, too, but never in the published data's.
     """
     if _other(new) and not _other(old):  # the published data's stays
         return False

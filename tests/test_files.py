@@ -634,9 +634,10 @@ def test_pairs_that_will_not_do(spoil, sentence, tmp_path, tally):
     tally.add("faults")
 
 
-def test_an_ignored_class_is_of_one_byte(tmp_path):
-    with pytest.raises(utils.UsageError, match="ignore is 256: a mask's pixels are 0 to 255"):
-        owndata.load_pairs(*pairs(tmp_path), ignore=256)
+@pytest.mark.parametrize("ignore", [-100, 256])
+def test_an_ignored_class_is_of_one_byte(ignore, tmp_path):
+    with pytest.raises(utils.UsageError, match=f"ignore is {ignore}: a mask's pixels are 0 to 255"):
+        owndata.load_pairs(*pairs(tmp_path), ignore=ignore)
 
 
 # ---- npz

@@ -249,7 +249,7 @@ HOURS = "no one two three four five six seven eight nine ten".split()
 
 
 def test_the_short_profile_took_what_the_readme_says(on_record):
-    """To the half hour, from five on to the hour; training and scoring of every seed."""
+    """To the half hour, training and scoring of every seed."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in NOTEBOOKS:
         hours, segmentation = 0, name == "imagesegmentation.ipynb"
@@ -257,7 +257,7 @@ def test_the_short_profile_took_what_the_readme_says(on_record):
             if record["run"].startswith("seg") == segmentation:
                 seconds = record["train_seconds"] + record["evaluation_seconds"]
                 hours += len(record.get("seeds", [0])) * seconds / 3600
-        halves = round(2 * hours) if hours < 5 else 2 * round(hours)
+        halves = round(2 * hours)
         took = HOURS[halves // 2] + (" and a half" if halves % 2 else "")
         assert re.search(rf"all of `{name}` \| \w+ minutes \| {took} hours \|", readme), took
 
