@@ -142,7 +142,7 @@ def test_the_readme_says_how_much_slower_a_cpu_without_amx_was(on_record):
         images = int(on_record[name]["split"].split()[0])
         epoch = on_record[name]["train_seconds"] / on_record[name]["epochs"]
         slower[name] = f"{images / rates[name] / epoch:.2g} ({name})"
-    said = f"speed, {slower['mnist']} and {slower['cifar10']} times as long as on one with it"
+    said = f"speed, {slower['mnist']} and {slower['cifar10']} times as long as on record"
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert said in readme and "the four rungs took ten and a half hours" in readme
     rungs = [one["train_seconds"] + one["evaluation_seconds"] for one in read("ladder_six.json")]
