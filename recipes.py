@@ -276,7 +276,6 @@ class Composed(Batches):
         if scenes.layers is None:
             raise UsageError(f"{scenes.name}: scenes without layers can't be made anew.")
         digits, backgrounds = scenes.layers
-        self.digit_classes = len(digits.classes)
         self.backgrounds = Batches(backgrounds, batch_size, run, ([0.0] * 3, [1.0] * 3), **options)
         if backgrounds.images.shape != scenes.images.shape:
             raise UsageError(f"{scenes.name}: the scenes are of another size than their layers.")
@@ -306,7 +305,7 @@ class Composed(Batches):
         for (images, labels), (ink, numbers), colour in parts:
             ink = ink[..., 1:-1, 1:-1]
             scenes = 255 * images.lerp(colour, ink)
-            labels = (self.digit_classes + labels)[:, None, None]
+            labels = (len(self.ink.dataset.classes) + labels)[:, None, None]
             maps = torch.where(ink[:, 0] > 0.5, numbers[:, None, None], labels)
             yield self._normalise(scenes.permute(0, 2, 3, 1)), maps
 
