@@ -22,6 +22,15 @@ from settings import ROOT
 PAGES = ("README.md", "RESULTS.md")
 FIGURES, BENCHMARKS = ROOT / "figures", ROOT / "benchmarks"
 KINDS = ("digits", "backgrounds")
+RUNGS = [name for name in report.WRITE_UP if name.startswith("segmentation")]
+LADDERS = (  # what the rungs were trained with, and the file of benchmarks/ that has their records
+    ("AdamW, one cycle", "ladder_adamw.json"),
+    ("Muon, in earlier code", "ladder_before.json"),
+    ("Muon", "ladder_three.json"),
+    ("Muon, paths that start at zero", "ladder_zero.json"),
+    ("Muon", "ladder_six.json"),
+    ("Muon (on record)", "../figures/results.json"),
+)
 WHAT = {  # each run's model, in words
     "mnist": "four convolutions",
     "cifar10": "four convolutions with ResBlocks between",
@@ -114,6 +123,21 @@ def pixels() -> str:
     return report.markdown_table(f"model | pixels | mean IoU | {head}", rows)
 
 
+def ladder() -> str:
+    """Every run of the four rungs at full width: the shares of validation and of test pixels."""
+    rows = []
+    for words, file in LADDERS:
+        found = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
+        rungs = [r for r in found if r["run"] in RUNGS]
+        scores = [(r["final_accuracy"], r["official_test_accuracy"]) for r in rungs]
+        where = f"{rungs[0]['device']}, {rungs[0]['precision']}"
+        cells = [f"{ours:.2f}%, {test:.2f}%" for ours, test in scores]
+        rows.append([words, where, f"{rungs[0]['epochs']}", *cells])
+    return report.markdown_table(
+        "trained with | on | epochs | first | second | third | fourth", rows, left=2
+    )
+
+
 def machines() -> str:
     """What the records were made on: each machine and version, and under it its runs by commit."""
     made = {}
@@ -135,7 +159,11 @@ def questions() -> str:
     parts = []
     for question, words in trials.QUESTIONS.items():
         rows = [row for row in trials.load(FIGURES) if row["question"] == question]
-        parts.append(f"{words}\n\n```\n{trials.table(rows) if rows else 'not measured'}\n```")
+        table = "not measured"
+        if rows:
+            made = dict.fromkeys(f"{r['precision']}, commit {r['commit']}" for r in rows)
+            table = f"{trials.table(rows)}\n{'; '.join(made)}, {rows[0]['date'][:10]}"
+        parts.append(f"{words}\n\n```\n{table}\n```")
     return "\n\n".join(parts)
 
 
@@ -179,6 +207,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "runs": runs,
     "results": results,
     "pixels": pixels,
+    "ladder": ladder,
     "machines": machines,
     "questions": questions,
     "best": best_models,
