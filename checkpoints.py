@@ -22,7 +22,6 @@ import threading
 import time
 import traceback
 import zipfile
-import zlib
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -39,8 +38,6 @@ if TYPE_CHECKING:  # it imports this module
 
 FORMAT = 1
 KEYS = {"format", "facts", "history", "made", "parts", "probe"}
-# what reading a damaged file raises
-DAMAGED = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, KeyError)
 
 
 class Checkpoint:
@@ -150,8 +147,8 @@ class Checkpoint:
             same = torch.allclose(answer, logits, rtol=0, atol=0.01 * logits.abs().max().item())
         except Exception as error:  # a file that was tampered with can raise nearly everything
             problem = out_of_memory(error)
-            if problem is None and re.match("(CUDA|cuDNN|cuBLAS) error", reason(error), re.I):
-                raise  # the device's fault, not the file's
+            if problem is None and of_device(error):
+                raise  # not the file's fault
             raise UsageError(
                 problem or f"{self.path} does not fit this run ({reason(error)}): {self.way_out}."
             ) from None
@@ -170,9 +167,11 @@ class Checkpoint:
                 continue
             try:
                 state = self._read_one(path)
+            except UsageError:
+                raise
             except OSError as error:
                 problems.append(f"{path} cannot be read ({reason(error)})")
-            except DAMAGED as error:
+            except Exception as error:  # zipfile raises nearly everything
                 problems.append(f"{path} is damaged ({reason(error)})")
             else:
                 if problems:
@@ -447,6 +446,11 @@ def guarded(history: History, optimizer, batches, checkpoint: Checkpoint | None,
         torch.cuda.empty_cache()
     if problem:
         raise UsageError(problem) from None
+
+
+def of_device(error: Exception) -> bool:
+    """Whether it is the GPU's own fault, whatever ran on it."""
+    return re.match("(CUDA|cuDNN|cuBLAS) error", reason(error), re.I) is not None
 
 
 def out_of_memory(error: Exception, batches=None) -> str | None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from checkpoints import RandomState, out_of_memory
-from files import UsageError
+from checkpoints import RandomState, of_device, out_of_memory
+from files import UsageError, reason
 from settings import Settings, dtype_name
 
 IGNORE = 255  # the label of a pixel that neither the loss nor a score counts
@@ -45,10 +45,11 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
         with torch.no_grad():
             logits = model.eval()(images)
     except (RuntimeError, ValueError) as error:
-        shape = tuple(images.shape[1:])
-        raise UsageError(
-            out_of_memory(error) or f"{name} can't take images of shape {shape}: {error}."
-        ) from None
+        problem, shape = out_of_memory(error), tuple(images.shape[1:])
+        if problem is None and of_device(error):
+            raise
+        refused = f"{name} can't take images of shape {shape}: {reason(error)}."
+        raise UsageError(problem or refused) from None
     if not isinstance(logits, Tensor):
         raise UsageError(f"{name} must return logits, a Tensor, not {type(logits).__name__}.")
     if logits.ndim < 2 or (len(logits), *logits.shape[2:]) != labels.shape:
@@ -61,7 +62,7 @@ def check_fit(model: nn.Module, batches: Iterable, run: Settings) -> int:
         has = f"{logits.shape[1]} classes: {IGNORE} at most, for label {IGNORE} means ignored"
         raise UsageError(f"{name} gives scores for {has}.")
     if isinstance(dataset, Dataset):
-        if logits.shape[1] < len(dataset.classes):
+        if logits.shape[1] != len(dataset.classes):
             has = f"{logits.shape[1]} classes, where {dataset.name} has {len(dataset.classes)}"
             raise UsageError(f"{name} gives scores for {has}: make its last layer that wide.")
         if not (dataset.labels != IGNORE).any():

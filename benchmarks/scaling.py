@@ -43,6 +43,7 @@ def measure(steps: int, width: int) -> None:
     batches = utils.Batches(training, batch, run, shuffle=True, flip=True, shift=4)
     one = utils.Batches(training.subset(torch.arange(settings.world_size())), 1, run)
     history = utils.train(model, optimizer, batches, one, 2, run)
+    history.raise_if_stopped(type(model).__name__)
     if settings.rank() == 0:
         print(len(training) / history[-1].seconds)  # the second epoch: the first warms up
 

@@ -93,6 +93,7 @@ def measure(case: Case, run: settings.Settings) -> float:
     schedule = recipes.linear_decay(optimizer, batches, 2)
     some = utils.Batches(data.subset(torch.arange(case.batch_size)), case.batch_size, run)
     history = utils.train(model, optimizer, batches, some, 2, run, schedule, case.loss)
+    history.raise_if_stopped(type(model).__name__)
     return history[-1].seconds / len(batches)
 
 

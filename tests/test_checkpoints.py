@@ -293,7 +293,9 @@ CHANGES = {
     "batches": dict(seed=4),
     "loss": dict(loss=F.cross_entropy),
     "epochs": dict(epochs=7),
-    "model": dict(network=lambda: nn.Sequential(*victim.model()[:-1], nn.Linear(288, 4))),
+    "model": dict(
+        network=lambda: nn.Sequential(*victim.model()[:3], nn.Dropout(0.4), *victim.model()[4:])
+    ),
 }
 
 
@@ -621,15 +623,22 @@ def test_the_one_before_takes_over_from_a_damaged_checkpoint(
     tally.add("faults", survived=digest == uninterrupted)
 
 
-def test_the_one_before_takes_over_where_unpacking_fails(uninterrupted, tmp_path, tally, capsys):
+@pytest.mark.parametrize(
+    ("member", "method", "problem"),
+    [(0, zipfile.ZIP_DEFLATED, "Error -3"), (6, zipfile.ZIP_LZMA, "Invalid or unsupported")],
+)
+def test_the_one_before_takes_over_where_unpacking_fails(
+    member, method, problem, uninterrupted, tmp_path, tally, capsys
+):
     stopped(tmp_path, 4)
     content = bytearray((tmp_path / "toy.pt").read_bytes())
-    with zipfile.ZipFile(tmp_path / "toy.pt") as archive:
-        directory = archive.start_dir
-    content[directory + 10] ^= zipfile.ZIP_DEFLATED  # the first member's method: it is stored
+    name = content.rindex(
+        b"archive/data/%d" % member
+    )  # in the directory, 36 bytes after its method
+    content[name - 36] ^= method  # which is 0: stored
     (tmp_path / "toy.pt").write_bytes(content)
     _, digest = victim.fit(tmp_path)
-    assert "toy.pt is damaged (Error -3" in capsys.readouterr().out
+    assert f"toy.pt is damaged ({problem}" in capsys.readouterr().out
     tally.add("faults", survived=digest == uninterrupted)
 
 

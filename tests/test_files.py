@@ -708,6 +708,7 @@ def toy(channels=1, classes=3, shape=()):
     [
         (toy(channels=3), linear(16, 3), r"Sequential can't take images of shape \(3, 4, 4\)"),
         (toy(classes=4), linear(16, 3), "scores for 3 classes, where toy has 4"),
+        (toy(), linear(16, 4), "scores for 4 classes, where toy has 3"),
         (toy(), linear(16, 300), "scores for 300 classes: 255 at most"),
         (toy(shape=(4, 4)), linear(16, 3), r"scores of shape \(3,\) .*give \(classes, 4, 4\)"),
         (toy(), torch.nn.Conv2d(1, 3, 1), r"scores of shape \(3, 4, 4\) .*give \(classes\)"),
@@ -717,6 +718,18 @@ def test_a_model_that_does_not_fit_is_told_before_training(dataset, model, sente
     batches = utils.Batches(dataset, 4, run)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(utils.UsageError, match=sentence):
+        utils.train(model, optimizer, batches, batches, 1, run)
+    tally.add("faults")
+
+
+def test_a_fault_of_the_device_is_not_the_models(run, tally):
+    class Broken(torch.nn.Linear):
+        def forward(self, images):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    model, batches = Broken(16, 3), utils.Batches(toy(), 4, run)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="^CUDA error: an illegal memory access"):
         utils.train(model, optimizer, batches, batches, 1, run)
     tally.add("faults")
 
