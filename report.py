@@ -24,8 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import recipes
 from files import UsageError, locked, read_image, reason, write_whole
-from settings import ROOT, Settings, dtype_name, rank
-from utils import IGNORE, NOT_PUBLISHED, Batches, Dataset, Epoch, History, PixelScores
+from settings import ROOT, Settings, dtype_name, in_words, rank
+from utils import IGNORE, NOT_PUBLISHED, Batches, ClassScores, Dataset, Epoch, History
+
+KINDS = ("digits", "backgrounds")  # what the pixels of MNIST-on-CIFAR-10 are of
 
 # The scores to beat, as the write-up gives them: percent on its 20% split, minutes of training.
 WRITE_UP = {
@@ -269,7 +271,9 @@ def draw_curves(
     if old:
         label = f"the write-up's best{_elsewhere(title)}, {old['best']:.2f}%"
         axes.axhline(old["best"], color="black", ls="--", lw=1, label=label)
-    axes.set(title=f"{title}: accuracy against epoch", xlabel="epoch", ylabel="accuracy, %")
+    of_pixels = "pixel " if title.startswith("segmentation") else ""
+    axes.set(xlabel="epoch", ylabel=f"{of_pixels}accuracy, %")
+    axes.set_title(f"{title}: accuracy against epoch")
     axes.set_xlim(0.5, epochs + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
@@ -283,8 +287,7 @@ def draw_history(record: dict) -> plt.Figure:
     figure = draw_curves(history, record["run"], record["source"], record["epochs"], height=4.8)
     made = f"{record['dataset']} ({record['source']}) on {record['device']}, {record['precision']}."
     caption = textwrap.fill(made, 90) + (
-        f"\nRun time {duration(record['train_seconds'])} for {record['epochs']} "
-        f"epoch{'s' if record['epochs'] > 1 else ''}. "
+        f"\nRun time {duration(record['train_seconds'])} for {in_words(record['epochs'])}. "
         f"Best score {record['best_accuracy']:.2f}% at epoch {record['best_epoch']}, "
         f"final score {record['final_accuracy']:.2f}%."
     )
@@ -313,10 +316,10 @@ def thresholds(rows: Sequence[tuple[str, float, float, History]]) -> str:
     lines = [f"{'threshold':<{wide}}{'score %':>9}{'needed %':>10}   {'result':<12}how"]
     for name, score, needed, history in rows:
         done, planned = len(history), history.planned
-        of = "" if done == planned else f" of {planned}"
+        of = "" if done == planned else f"{done} of "
         part = f"the first {history.loaded} " if history.loaded < done else ""
         origin = f"{part}from a checkpoint" if history.loaded else "trained now"
-        how = f"{done}{of} epoch{'s' * (planned > 1)}, {origin}"
+        how = f"{of}{in_words(planned)}, {origin}"
         result = ("passed" if score >= needed else "NOT passed") if needed else ""
         mark = f"{needed:.2f}" if needed else "none set"
         lines.append(f"{name:<{wide}}{score:>9.2f}{mark:>10}   {result:<12}{how}")
@@ -371,7 +374,7 @@ def summary(records: Sequence[dict]) -> str:
             + (f"{final - old['final']:>+7.2f}" if old and not elsewhere else f"{'-':>7}")
         )
     if records and "majority" in records[-1]:
-        lines.append(landmarks(records[-1]))
+        lines.append(baselines(records[-1]))
     return "\n".join(lines)
 
 
@@ -482,8 +485,8 @@ def show_confusion(confusion: Tensor, classes: Sequence[str]) -> None:
     plt.show()
 
 
-def pixel_facts(scores: PixelScores, classes: Sequence[str]) -> dict:
-    """Facts for the record of a model of pixels: its mean IoU, and two landmarks.
+def pixel_facts(scores: ClassScores, classes: Sequence[str]) -> dict:
+    """Facts for the record of a model of pixels: its mean IoU, and two baselines.
 
     `majority` is the score of calling every pixel by the commonest class, in percent: no skill.
     Where some classes are digits, they and the backgrounds have each their share of all pixels,
@@ -503,11 +506,11 @@ def pixel_facts(scores: PixelScores, classes: Sequence[str]) -> dict:
     return facts
 
 
-def describe_pixels(scores: PixelScores, classes: Sequence[str]) -> str:
+def describe_pixels(scores: ClassScores, classes: Sequence[str]) -> str:
     """Scores of pixels in words: all of them, then digits and backgrounds, where there are both."""
     facts = pixel_facts(scores, classes)
     lines = [f"{scores.accuracy:.2f}% of pixels, mean IoU {scores.mean_iou:.2f}%"]
-    for kind in ("digits", "backgrounds"):
+    for kind in KINDS:
         if of := facts.get(kind):
             lines.append(
                 f"{kind}, {of['share']:.1f}% of all: {of['accuracy']:.2f}% right, "
@@ -516,16 +519,16 @@ def describe_pixels(scores: PixelScores, classes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def landmarks(record: dict) -> str:
+def baselines(record: dict) -> str:
     """What the scores of pixels are to be seen beside, see `pixel_facts`."""
-    text = f"landmarks: {record['majority']:.1f}%, the commonest class everywhere"
+    text = f"baselines: {record['majority']:.1f}%, the commonest class everywhere"
     if "backgrounds" in record:
         share = record["backgrounds"]["share"]
         text += f"; {share:.1f}%, every background right and no digit found"
     return text
 
 
-def show_class_scores(scores: PixelScores, classes: Sequence[str]) -> None:
+def show_class_scores(scores: ClassScores, classes: Sequence[str]) -> None:
     """Accuracy and intersection over union of every class, of images or of pixels, as bars."""
     figure, axes = plt.subplots(figsize=(0.45 * len(classes) + 2, 3.4), layout="constrained")
     x = np.arange(len(classes))

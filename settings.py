@@ -57,7 +57,7 @@ class Settings:
     graphs: bool = False  # replay training steps as CUDA graphs, where they can be
     quiet: bool = False  # show no line and no plot of a run
     pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
-    scenes: Path | None = None  # your own images/ and masks/, in place of MNIST-on-CIFAR-10
+    scenes: Path | None = None  # your own images/ and masks/; with them pictures are not used
     size: int = 32  # the side that your own scenes are brought to
     pass_mark: float | None = None  # in place of the notebooks' thresholds
     my_picture: Path | None = None  # an image file for the trained model to label
@@ -84,14 +84,18 @@ class Settings:
             batch_size = min(batch_size, max(8, len(dataset) // 20))
             enough = min(200, max(10, math.ceil(1000 * batch_size / len(dataset))))
             epochs = [self.epochs_cap or enough] * len(epochs)
-            plural = "s" * (epochs[0] > 1)
-            print(f"{dataset.name}: batches of {batch_size}, {epochs[0]} epoch{plural}")
+            print(f"{dataset.name}: batches of {batch_size}, {in_words(epochs[0])}")
         return [batch_size, *epochs]
 
     def threshold(self, default: float) -> float:
         """The percentage to be graded by: THRESHOLD where it is set; 0, none, for your own data."""
         default = 0.0 if self.kind == "own" else default
         return default if self.pass_mark is None else self.pass_mark
+
+    @property
+    def own(self) -> Path | None:
+        """The folder of your own data that is used, if any is."""
+        return self.scenes or self.pictures
 
     @property
     def digits(self) -> Settings:
@@ -101,7 +105,7 @@ class Settings:
     @property
     def kind(self) -> str:
         """A folder's name: neither a quick run nor your own data touches what the others made."""
-        return "own" if self.pictures or self.scenes else self.pick("", "quick")
+        return "own" if self.own else self.pick("", "quick")
 
     @property
     def figures(self) -> Path:
@@ -110,8 +114,9 @@ class Settings:
 
     def checkpoint(self, name: str) -> Checkpoint:
         """Where a run keeps its state, for `train`; without `resume` it starts anew."""
-        own = self.scenes or self.pictures
-        folder = f"own/{own.resolve().name}" if own else self.pick("", "quick", "short")
+        folder = self.pick("", "quick", "short")
+        if self.own:
+            folder = f"own/{self.own.resolve().name}"
         every = 60.0 if self.device.type == "cuda" else 0.0  # there an epoch may take a second
         if self.checkpoint_dir.is_relative_to("/content/drive"):  # Colab's: each file is uploaded,
             every *= 10  # and what it replaces may stay in the Drive's bin, up to 250 MB a time
@@ -126,9 +131,9 @@ class Settings:
         data = self.pick(f"the full data in {_short(self.data_dir)}", "the sample data, no network")
         autocast = "" if self.precision == torch.float32 else " autocast"
         graphs = ", steps replayed as CUDA graphs" if self.graphs else ""
-        own = self.scenes or self.pictures
-        data = f"{data}, and your own in {own}" if own else data
-        cap = f", {'for' if own else 'at most'} {self.epochs_cap} epochs" if self.epochs_cap else ""
+        data = f"{data}, and your own in {self.own}" if self.own else data
+        kind = "for" if self.own else "at most"
+        cap = f", {kind} {in_words(self.epochs_cap)}" if self.epochs_cap else ""
         cap += "" if self.flip else ", no image flipped"
         return (
             f"profile    {self.profile}: {data}{cap}\n"
@@ -139,15 +144,11 @@ class Settings:
         )
 
 
-def settings(
-    graphs: bool = True, environ: Mapping[str, str] = os.environ, scenes: bool = True
-) -> Settings:
+def settings(graphs: bool = True, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the README's variables from the environment; choose device and precision.
 
     `graphs` are used on CUDA alone, by one process, and not in float16, in which Muon's steps wait
     for the device (AdamW's, fused, would not; that has not been tried).
-
-    Of PICTURES and SCENES one is used: SCENES if it is set, unless `scenes` is false.
 
     Under torchrun it joins the processes. It sets torch's global flags: denormal numbers are
     flushed to zero, cuDNN tries its algorithms, and multiplies float32 in TF32 where the precision
@@ -166,8 +167,6 @@ def settings(
         paths[name.lower()] = path
         if path and not (os.path.isfile if what == "file" else os.path.isdir)(path):
             raise UsageError(f"{name} is {environ[name]!r}, which is no {what} here.")
-    if paths["scenes"]:  # one of the two at most
-        paths["pictures" if scenes else "scenes"] = None
     for name, default in (("DATA_DIR", "data"), ("CHECKPOINT_DIR", "checkpoints")):
         paths[name.lower()] = _absolute(environ.get(name) or ROOT / default).resolve()
     if sys.platform == "darwin":  # NNPACK slows conv2d down (ultralytics/ultralytics#26221)
@@ -328,6 +327,11 @@ def measured_on(run: Settings) -> dict[str, str]:
         commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def in_words(epochs: int) -> str:
+    """1 epoch, 2 epochs, .."""
+    return f"{epochs} epoch{'s' * (epochs > 1)}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -21,7 +21,6 @@ from settings import ROOT
 
 PAGES = ("README.md", "RESULTS.md")
 FIGURES, BENCHMARKS = ROOT / "figures", ROOT / "benchmarks"
-KINDS = ("digits", "backgrounds")
 RUNGS = [name for name in report.WRITE_UP if name.startswith("segmentation")]
 LADDERS = (  # what the rungs were trained with, and the file of benchmarks/ that has their records
     ("AdamW, one cycle", "ladder_adamw.json"),
@@ -108,7 +107,7 @@ def results() -> str:
 
 
 def pixels() -> str:
-    """The test scores of the models of pixels, digits and backgrounds apart, and landmarks."""
+    """The test scores of the models of pixels, digits and backgrounds apart, and baselines."""
     found = [r for r in records().values() if "majority" in r]
     if not found:
         return "not measured"
@@ -116,7 +115,7 @@ def pixels() -> str:
     share = found[0]["backgrounds"]["share"]
     rows += [["every background right, no digit found", f"{share:.2f}%", "-", "0%, 0%", "-"]]
     for r in found:
-        kinds = [f"{r[k]['accuracy']:.2f}%, {r[k]['mean_iou']:.2f}%" for k in KINDS]
+        kinds = [f"{r[k]['accuracy']:.2f}%, {r[k]['mean_iou']:.2f}%" for k in report.KINDS]
         score = f"{r['official_test_accuracy']:.2f}%"
         rows += [[f"`{r['run']}`", score, f"{r['mean_iou']:.2f}%", *kinds]]
     head = "digits right, their mean IoU | backgrounds right, their mean IoU"
@@ -146,10 +145,10 @@ def machines() -> str:
         data = f"{r['dataset']} ({r['source']}), commit `{r['commit']}`, {r['date'][:10]}"
         made.setdefault(where, {}).setdefault(data, []).append(f"`{name}`")
     lines = []
-    for where, runs in made.items():
+    for where, made_there in made.items():
         lines += [
             f"- {where}",
-            *(f"  - {', '.join(names)}: {data}" for data, names in runs.items()),
+            *(f"  - {', '.join(names)}: {data}" for data, names in made_there.items()),
         ]
     return "\n".join(lines)
 

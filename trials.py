@@ -49,14 +49,14 @@ asked: set[str] | None = None  # those that `python trials.py` answers now
 
 @dataclass(frozen=True)
 class Variant:
-    """One answer that is tried: a model, its batches and its peak learning rate.
+    """One answer that is tried: a model, its batches and its highest learning rate.
 
     With `muon` the rate is that of the filters; AdamW has a weight decay of 0.05.
     """
 
     make: Callable[[], nn.Module]
     batches: utils.Batches
-    peak: float
+    lr: float
     muon: bool = False  # Muon, in place of AdamW
     schedule: Literal["cycle", "line", "constant"] | None = None  # None: Muon's line, AdamW's cycle
     smoothing: float = 0.0  # label_smoothing, for a loss that takes it, as cross_entropy does
@@ -138,7 +138,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
     curves = np.array([[e.validation_accuracy for e in history] for history in histories])
     changes = np.abs(np.diff(curves[:, max(0, epochs // 2 - 1) :]))
     ious = [one["mean_iou"] for one in pixels]
-    kinds = [kind for kind in ("digits", "backgrounds") if pixels and kind in pixels[0]]
+    kinds = [kind for kind in report.KINDS if pixels and kind in pixels[0]]
     devices = dict.fromkeys(history.made["device"] for history in histories)
     return dict(
         question=question,
@@ -154,7 +154,7 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
         seconds=np.mean([sum(e.seconds for e in history) for history in histories]),
         multiply_adds=report.multiply_adds(model, data.images.shape[1:]),
         batch_size=batches.batch_size,
-        learning_rate=variant.peak,
+        learning_rate=variant.lr,
         parameters=report.parameters(model),
         recipe=f"Muon {variant.muon}, {_schedule(variant)}, smoothing {variant.smoothing}, "
         f"views {getattr(variant.views, 'keywords', variant.views)}, {batches.augmentation}"
@@ -169,11 +169,11 @@ def _row(question, name, variant, validation, epochs, run, seeds, started) -> di
 
 def _optimizer(model: nn.Module, variant: Variant, epochs: int):
     """(optimizer, schedule) of a variant."""
-    peak, batches = variant.peak, variant.batches
+    lr, batches = variant.lr, variant.batches
     if variant.muon:
-        optimizer = recipes.Muon(model, lr=peak)
+        optimizer = recipes.Muon(model, lr)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05, fused=True)
     if _schedule(variant) == "line":
         return optimizer, recipes.linear_decay(optimizer, batches, epochs)
     if _schedule(variant) == "constant":
@@ -215,17 +215,17 @@ def table(rows: Sequence[dict]) -> str:
         if apart:
             halves = row["iou_spread"], row["digits_iou"], row["backgrounds_iou"]
             lines[-1] += "".join(f"{value:>8.2f}" for value in halves)
-    row, plural = rows[0], "s" * (rows[0]["epochs"] > 1)
+    row = rows[0]
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     lines.append(
-        f"{len(row['seeds'])} seeds each, {row['epochs']} epoch{plural}; {row['dataset']} "
+        f"{len(row['seeds'])} seeds each, {settings.in_words(row['epochs'])}; {row['dataset']} "
         f"({row['source']}), {row['split']}; {devices}"
     )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Run the notebooks' cells that the chosen questions need, in the full profile."""
+    """Run the notebooks' cells that the chosen questions need, in the full or quick profile."""
     import trials  # what the notebooks know by this name, which is not __main__
 
     chosen = set(sys.argv[1:])

@@ -618,7 +618,10 @@ def _outputs(model: nn.Module, batches: Iterable, run: Settings, scored: bool = 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable, run: Settings) -> float:
-    """Percentage of labels that the model gets right: of images, or of pixels for label maps."""
+    """Percentage of labels that the model gets right: of images, or of pixels for label maps.
+
+    Raises UsageError where there is no label, or one that is no class, and for want of memory.
+    """
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)  # correct, labels
     for logits, labels in _outputs(model, batches, run):
         counts += torch.stack([(logits.argmax(1) == labels).sum(), (labels != IGNORE).sum()])
@@ -630,8 +633,8 @@ def evaluate(model: nn.Module, batches: Iterable, run: Settings) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class PixelScores:
-    """Scores of the labels of pixels, or images, in percent."""
+class ClassScores:
+    """Scores of the labels of images, or pixels, class by class, in percent."""
 
     accuracy: float  # of all labels
     class_accuracy: Tensor  # float64 (classes,), recall: of the class's labels; NaN where none is
@@ -643,13 +646,16 @@ class PixelScores:
 @torch.inference_mode()
 def evaluate_pixels(
     model: nn.Module, batches: Iterable, classes: int, run: Settings
-) -> PixelScores:
-    """Every per-pixel score from one confusion matrix, counted on the device."""
+) -> ClassScores:
+    """Every per-pixel score from one confusion matrix, counted on the device.
+
+    Raises UsageError as `evaluate` does, and for a prediction that is none of the `classes`.
+    """
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     for logits, labels in _outputs(model, batches, run):
         confusion += confusion_matrix(labels, logits.argmax(1), classes)
     add_up(confusion)
-    return pixel_scores(confusion.cpu())
+    return class_scores(confusion.cpu())
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
@@ -666,17 +672,18 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tenso
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
-def pixel_scores(confusion: Tensor) -> PixelScores:
+def class_scores(confusion: Tensor) -> ClassScores:
     """The scores that a confusion matrix, int64 (classes, classes), holds.
 
     A class is left out of the mean IoU where it is neither a pixel's truth nor its prediction.
+    Raises UsageError where nothing was counted.
     """
     if not confusion.any():
         raise UsageError("There is no label to score.")
     hits, truth, predictions = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     iou = 100 * hits / (truth + predictions - hits)  # 0 / 0 is NaN
     accuracy = 100 * hits.sum().item() / confusion.sum().item()
-    return PixelScores(accuracy, 100 * hits / truth, iou, iou.nanmean().item(), confusion)
+    return ClassScores(accuracy, 100 * hits / truth, iou, iou.nanmean().item(), confusion)
 
 
 @torch.inference_mode()
@@ -684,6 +691,7 @@ def predict(model: nn.Module, batches: Iterable, run: Settings) -> tuple[Tensor,
     """(classes int64, their probabilities float32) for every image or pixel, on the CPU.
 
     Each is (N) or (N, H, W), in the batches' order, which is the data set's if they do not shuffle.
+    Raises UsageError for want of memory.
     """
     predictions, probabilities = [], []
     for logits, _ in _outputs(model, batches, run, scored=False):

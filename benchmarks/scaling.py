@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -75,7 +74,7 @@ def main() -> None:
         measure(options.steps, options.width)
         return
     torch.set_num_threads(1)  # as each process has, and so the machine's name says
-    machine = settings.hardware_name(utils.settings().device)
+    facts = settings.measured_on(utils.settings())
     alone, together = [], []
     for number in range(options.rounds + 1):
         pair = round_of(1, options), round_of(options.processes, options)
@@ -86,7 +85,7 @@ def main() -> None:
     n = options.processes
     shares = [100 * t / (n * a) for a, t in zip(alone, together, strict=True)]
     result = dict(
-        machine=machine,
+        **facts,
         model=f"CifarResNet({options.width})",
         processes=n,
         alone=statistics.median(alone),
@@ -95,8 +94,6 @@ def main() -> None:
         lowest=min(shares),
         highest=max(shares),
         rounds=options.rounds,
-        torch=str(torch.__version__),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     print(json.dumps(result, indent=1))
     if options.json:

@@ -157,7 +157,9 @@ def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path, monkeypatch)
     pictures, scenes = tmp_path / "letters", tmp_path / "roads"
     pictures.mkdir(), scenes.mkdir()
     both = {"PICTURES": str(pictures), "SCENES": str(scenes)}
-    settings_cell = cell_with("imageclassification.ipynb", "run = utils.settings(scenes=False)")
+    settings_cell = cell_with(
+        "imageclassification.ipynb", "run = replace(utils.settings(), scenes=None)"
+    )
 
     def classification(**variables):
         monkeypatch.setattr(utils, "settings", partial(settings.settings, environ=variables))
@@ -170,8 +172,8 @@ def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path, monkeypatch)
     assert run.checkpoint("pictures").path.parts[-3:] == ("own", "letters", "pictures.pt")
     assert run.digits.profile == "quick" and str(scenes) not in str(run)
     run = settings.settings(environ={**both, "PROFILE": "full"})
-    assert run.checkpoint("segmentation-1").path.parts[-2] == "roads" and run.pictures is None
-    assert run.digits.profile == "full" and str(pictures) not in str(run)
+    assert run.checkpoint("segmentation-1").path.parts[-2] == "roads"
+    assert str(scenes) in str(run) and str(pictures) not in str(run)
     assert settings.settings(environ={"PICTURES": str(pictures)}).pictures == pictures
 
 
@@ -362,7 +364,7 @@ def test_confusion_bars_and_filters(shown):
     texts = {text.get_position(): text.get_text() for text in shown[-1].axes[0].texts}
     # (prediction, truth)
     assert texts == {(0, 0): "50", (1, 0): "50", (1, 1): "100", (2, 2): "100"}
-    scores = utils.pixel_scores(confusion)
+    scores = utils.class_scores(confusion)
     report.show_class_scores(scores, ("a", "b", "c"))
     heights = [bar.get_height() for bar in shown[-1].axes[0].patches]
     assert heights == pytest.approx([50, 100, 100, 50, 50, 100])

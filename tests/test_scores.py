@@ -46,7 +46,7 @@ def scored(dataset, logits, run):
 
 
 @pytest.mark.parametrize("absent", [(), (3,), (1, 5)])
-def test_pixel_scores_agree_with_torchmetrics_and_scikit_learn(run, absent):
+def test_class_scores_agree_with_torchmetrics_and_scikit_learn(run, absent):
     dataset, logits = maps(absent=absent)
     scores, predictions = scored(dataset, logits, run), logits.argmax(1)
     kept = dataset.labels != utils.IGNORE
@@ -77,7 +77,7 @@ def test_an_absent_class_is_nan_and_left_out_of_the_mean(run):
 def test_digits_and_backgrounds_are_scored_apart():
     """Ten pixels: two of a digit, of which one is found, and eight of two backgrounds."""
     confusion = torch.tensor([[1, 1, 0], [0, 4, 1], [0, 0, 3]])
-    scores = utils.pixel_scores(confusion)
+    scores = utils.class_scores(confusion)
     facts = report.pixel_facts(scores, ("digit 0", "sea", "sky"))
     assert facts["majority"] == pytest.approx(50) and facts["mean_iou"] == scores.mean_iou
     assert facts["digits"] == pytest.approx(dict(share=20, accuracy=50, mean_iou=50))
@@ -85,16 +85,16 @@ def test_digits_and_backgrounds_are_scored_apart():
     assert facts["backgrounds"] == pytest.approx(dict(share=80, accuracy=87.5, mean_iou=of_both))
     text = report.describe_pixels(scores, ("digit 0", "sea", "sky"))
     assert text.startswith("80.00% of pixels") and "digits, 20.0% of all: 50.00% right" in text
-    both = "landmarks: 50.0%, the commonest class everywhere; 80.0%, every background right and "
-    assert report.landmarks(facts) == f"{both}no digit found"
+    both = "baselines: 50.0%, the commonest class everywhere; 80.0%, every background right and "
+    assert report.baselines(facts) == f"{both}no digit found"
     for classes in (("sky", "sea", "land"), ("digit 0", "digit 1", "digit 2")):
         alike = report.pixel_facts(scores, classes)  # of one kind
         assert alike == dict(mean_iou=scores.mean_iou, majority=facts["majority"])
-        assert report.landmarks(alike) == "landmarks: 50.0%, the commonest class everywhere"
+        assert report.baselines(alike) == "baselines: 50.0%, the commonest class everywhere"
 
 
 def test_a_class_that_is_only_predicted_counts_as_nought():
-    scores = utils.pixel_scores(torch.tensor([[5, 5], [0, 0]]))
+    scores = utils.class_scores(torch.tensor([[5, 5], [0, 0]]))
     assert scores.class_iou.tolist() == [50.0, 0.0] and scores.mean_iou == 25.0
     assert scores.class_accuracy[0] == 50.0 and scores.class_accuracy[1].isnan()
 
