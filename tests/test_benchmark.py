@@ -241,9 +241,10 @@ def test_a_model_measured_again_keeps_the_rows_of_the_others(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["mnist", "segmentation-best"])
 def test_a_models_steps_are_timed(run, name):
     case = dataclasses.replace(steps.cases()[name], batch_size=20, steps=2)
-    assert 0 < steps.measure(case, dataclasses.replace(run, quiet=True)) < 60
+    assert steps.measure(case, dataclasses.replace(run, quiet=True)) > 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun does not start there")
 def test_the_work_of_several_processes_is_compared_with_that_of_one(tmp_path, monkeypatch):
     small = types.SimpleNamespace(steps=1, width=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes, where there may be one GPU

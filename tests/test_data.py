@@ -177,6 +177,11 @@ def test_each_scene_has_its_own_digit_and_background():
         assert set(scenes.labels[scene].unique().tolist()) == expected
 
 
+def test_where_backgrounds_are_more_than_digits_each_digit_is_used_about_as_often():
+    digits, _, _ = decode(utils.compose_scenes(coded_digits(20), coded_backgrounds(50), seed=0))
+    assert {digits.count(number) for number in range(20)} == {2, 3}
+
+
 def test_a_data_set_is_one_line_where_it_is_printed_or_shown():
     scenes = utils.compose_scenes(coded_digits(600), coded_backgrounds(500), seed=0)
     assert repr(scenes) == str(scenes)

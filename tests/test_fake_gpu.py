@@ -1,7 +1,8 @@
 """Training steps on a GPU that is not there: torch's fake tensors have a device, and no data.
 
-They refuse what a recording as a CUDA graph would: to mix devices, and to ask for a value. The
-backward pass is torch's alone, and can't be faked without a driver: zeros are the gradients.
+They refuse what a recording as a CUDA graph would: to mix devices, and to ask for a value. The step
+is `utils.train`'s own, but for the backward pass, which is torch's alone and can't be faked without
+a driver: zeros are the gradients.
 """
 
 import dataclasses
@@ -9,18 +10,22 @@ import dataclasses
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
 
 import graphs
 import recipes
+import tables
 import utils
 from benchmarks import steps
 
 GPU = torch.device("cuda", 0)
-CASES = steps.cases()
 
 
 old = torch.__version__.startswith("2.6.")
-pytestmark = pytest.mark.skipif(old, reason="this torch asks for a CUDA driver")
+pytestmark = [
+    pytest.mark.skipif(old, reason="this torch asks for a CUDA driver"),
+    pytest.mark.filterwarnings("ignore:CUDA is not available"),  # so autocast is off
+]
 
 
 @pytest.fixture
@@ -32,28 +37,44 @@ def fake(run, monkeypatch):
         yield dataclasses.replace(run, device=GPU, precision=torch.bfloat16, graphs=True)
 
 
-def step(model, optimizer, images, labels, loss_function, totals):
-    """What `utils.train` records, but for the backward pass; autocast is off without CUDA."""
-    logits = model(images)
-    loss = loss_function(logits, labels, ignore_index=utils.IGNORE)
-    optimizer.zero_grad()
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    utils._tally(totals, logits, labels, loss)
-    return loss
+@pytest.fixture
+def recorded(monkeypatch):
+    """The step that `utils.train` hands over to be recorded; autocast is off without CUDA."""
+
+    def keep(step, *rest):
+        kept.append(step)
+        raise InterruptedError  # before the first batch
+
+    def the_step(model, optimizer, batches, run, schedule=None, loss=F.cross_entropy):
+        def backward(loss):
+            for weight in model.parameters():
+                weight.grad = torch.zeros_like(weight)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        with pytest.raises(InterruptedError):
+            utils.train(model, optimizer, batches, batches, 1, run, schedule, loss)
+        return kept.pop()
+
+    kept = []
+    monkeypatch.setattr(utils, "captured", keep)
+    for name in ("check_fit", "Progress"):  # which ask for values, before the loop
+        monkeypatch.setattr(utils, name, lambda *parts: None)
+    return the_step
 
 
 @pytest.fixture
-def noise(name):
+def case(name):
+    return steps.cases()[name]
+
+
+@pytest.fixture
+def noise(case):
     """A batch and a half for a case: made before the mode, for scenes are made by their values."""
-    case = CASES[name]
     return steps.noise(3 * case.batch_size // 2, case.shape, case.pixels)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_stays_on_the_device(name, noise, fake):
-    case = CASES[name]
+@pytest.mark.parametrize("name", tables.WHAT)
+def test_a_step_stays_on_the_device(case, noise, fake, recorded):
     with GPU:
         model = case.make().train()
     if case.muon:
@@ -64,11 +85,11 @@ def test_a_step_stays_on_the_device(name, noise, fake):
     batches = case.batches(noise, case.batch_size, fake, statistics, shuffle=True, **case.options)
     schedule = recipes.linear_decay(optimizer, batches, 1)
     assert graphs.replayable(optimizer, schedule)
+    step, seen = recorded(model, optimizer, batches, fake, schedule, case.loss), []
     graphs.settle(optimizer, replayed=True)
-    totals, seen = torch.zeros(4, dtype=torch.float64, device=GPU), []
     for images, labels in batches:
         assert images.device == labels.device == GPU
-        assert step(model, optimizer, images, labels, case.loss, totals).device == GPU
+        step(images, labels)
         schedule.step()
         seen.append(len(images))
     assert seen == [case.batch_size, case.batch_size // 2]
@@ -77,14 +98,12 @@ def test_a_step_stays_on_the_device(name, noise, fake):
     assert averages and {value.device for value in averages} == {GPU}
 
 
-def test_what_a_recording_would_refuse_is_refused_here(fake):
+def test_what_a_recording_would_refuse_is_refused_here(fake, recorded):
     with GPU:
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
         images, labels = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
-    totals = torch.zeros(4, dtype=torch.float64, device=GPU)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     graphs.settle(optimizer, replayed=True)
-    rest = model, optimizer
 
     def asks(logits, labels, ignore_index):
         return logits.mean() * logits.mean().item()
@@ -93,9 +112,9 @@ def test_what_a_recording_would_refuse_is_refused_here(fake):
         return (logits + torch.zeros(3, 2)).mean()
 
     with pytest.raises(DataDependentOutputException):
-        step(*rest, images, labels, asks, totals)
+        recorded(model, optimizer, [], fake, loss=asks)(images, labels)
     with pytest.raises(RuntimeError, match="devices"):
-        step(*rest, images, labels, mixes, totals)
+        recorded(model, optimizer, [], fake, loss=mixes)(images, labels)
 
 
 @pytest.mark.parametrize("replayed", [False, True])
@@ -109,11 +128,12 @@ def test_counts_of_steps_lie_where_the_optimizer_reads_them(fake, fused, replaye
     assert optimizer.state[weight]["step"].device == where
 
 
-def test_muon_steps_on_a_gpu_that_has_float16_alone(fake, monkeypatch):
+@pytest.mark.parametrize("name", ["segmentation-2"])
+def test_muon_steps_on_a_gpu_that_has_float16_alone(case, fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with GPU:
-        model = CASES["segmentation-2"].make()
+        model = case.make()
     optimizer = recipes.Muon(model)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)

@@ -213,11 +213,14 @@ def test_without_a_network(tmp_path, monkeypatch, tally):
     tally.add("faults", survived=nothing_final(tmp_path))
 
 
-def test_an_archive_that_was_brought_by_hand_is_used(servers, tmp_path):
-    name = "cifar-10-python.tar.gz"
-    (tmp_path / name).write_bytes(servers[0].content[name])
-    files.fetch("CIFAR-10", tmp_path)
-    assert not servers[0].requests and (tmp_path / "cifar-10-batches-py").is_dir()
+def test_archives_that_were_brought_by_hand_are_used(servers, tmp_path):
+    for dataset, archives in files.ARCHIVES.items():
+        folder = tmp_path / files.FOLDERS[dataset]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in archives:
+            (folder / name).write_bytes(servers[0].content[name])
+        files.fetch(dataset, tmp_path)
+    assert not servers[0].requests and whole(tmp_path)
 
 
 def test_a_damaged_archive_is_fetched_again(servers, tmp_path, tally):

@@ -98,7 +98,7 @@ def test_a_threshold_that_is_missed_fails_its_own_cell_and_no_other(name, score,
 
 
 @pytest.mark.parametrize("name, checked", list(zip(NOTEBOOKS, (8, 5), strict=True)))
-def test_saved_outputs_are_compared(name, checked):
+def test_cells_whose_outputs_are_compared_have_some(name, checked):
     """nbval-lax looks at those of tagged cells alone: what grades an exercise's models."""
     cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
     tagged = [c for c in cells if "nbval-check-output" in c["metadata"].get("tags", [])]

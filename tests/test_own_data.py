@@ -21,6 +21,7 @@ import colab
 import owndata
 import report
 import settings
+import trials
 import utils
 from checkpoints import Checkpoint
 from conftest import ROOT, cell_with, export, run_python
@@ -93,9 +94,9 @@ def test_handwriting_in_folders_takes_cifar10s_place(tmp_path):
 
 
 def test_road_scenes_take_the_place_of_digits_on_pictures(tmp_path):
-    mine = dict(SCENES=str(roads(tmp_path / "roads")), FLIP="0")
+    mine = dict(SCENES=str(roads(tmp_path / "roads")), SIZE="40", FLIP="0")
     out = run_notebook("imagesegmentation", tmp_path, **mine)
-    assert "roads (own): 13 images 3x32x32, label maps of 12 classes" in out
+    assert "roads (own): 13 images 3x40x40, label maps of 12 classes" in out
     assert "Segmentation: passed, or no threshold set" in out and "MNIST-on" not in out
     assert out.count("best on the validation set: segmentation-") == 2  # of the ladder, and of all
     records = report.load_records(tmp_path / "figures" / "own")
@@ -181,6 +182,17 @@ def test_digits_on_own_pictures_are_called_so(run, tmp_path):
     mine = replace(run, profile="full", pictures=handwriting(tmp_path / "letters"))
     training, test = utils.load_scenes(mine)
     assert training.name == "MNIST-on-letters" and len(training) == 29 and len(test) == 7
+
+
+def test_the_second_notebook_puts_digits_on_own_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROFILE", "quick")
+    monkeypatch.setenv("PICTURES", str(handwriting(tmp_path / "letters")))
+    monkeypatch.setattr(trials, "compare", lambda question, variants, *rest: asked.update(variants))
+    asked = {}
+    cells = report.notebook_definitions("imagesegmentation.ipynb", {"definition", "trials"})
+    assert cells.scenes.name == "MNIST-on-letters" and cells.CLASSES == 13
+    images, maps = next(iter(asked["made anew"].batches))
+    assert images.shape[1:] == (3, 32, 32) and maps.max() >= 10
 
 
 def test_another_ignore_index(tmp_path):
@@ -409,6 +421,7 @@ def test_thresholds_say_what_was_loaded():
 # ---- Colab
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no path begins with / there")
 def test_colab_installs_what_is_missing_and_keeps_its_torch(tmp_path, monkeypatch, capsys):
     mounted, commands = [], []
     drive = types.SimpleNamespace(mount=mounted.append)

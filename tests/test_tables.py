@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 
 import pytest
@@ -193,6 +194,20 @@ def test_the_pages_show_what_is_there(as_executed):
         assert shown and all((ROOT / file).exists() for file in shown)
     curves = {f"figures/{name}.png" for name in tables.WHAT}
     assert set(shown) == curves, "of RESULTS.md"
+
+
+def test_all_that_is_derived_can_be_made_again(as_executed, tmp_path, monkeypatch):
+    for folder in ("figures", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.p*"))
+        monkeypatch.setattr(tables, folder.upper(), tmp_path / folder)
+    for name in (*tables.PAGES, "imagesegmentation.ipynb"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    tables.main()
+    for page in tables.PAGES:
+        assert (tmp_path / page).read_bytes() == (ROOT / page).read_bytes()
+    made = {file.name for file in (tmp_path / "figures").glob("*.png")}
+    assert made == {file.name for file in (ROOT / "figures").glob("*.png")}
 
 
 def test_a_changed_number_in_a_table_is_found():
