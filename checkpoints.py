@@ -172,6 +172,8 @@ class Checkpoint:
             except OSError as error:
                 problems.append(f"{path} cannot be read ({reason(error)})")
             except Exception as error:  # zipfile raises nearly everything
+                if problem := out_of_memory(error):
+                    raise UsageError(problem) from None
                 problems.append(f"{path} is damaged ({reason(error)})")
             else:
                 if problems:

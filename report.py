@@ -272,8 +272,9 @@ def draw_curves(
         label = f"the write-up's best{_elsewhere(title)}, {old['best']:.2f}%"
         axes.axhline(old["best"], color="black", ls="--", lw=1, label=label)
     of_pixels = "pixel " if title.startswith("segmentation") else ""
-    axes.set(xlabel="epoch", ylabel=f"{of_pixels}accuracy, %")
-    axes.set_title(f"{title}: accuracy against epoch")
+    axes.set(
+        title=f"{title}: accuracy against epoch", xlabel="epoch", ylabel=f"{of_pixels}accuracy, %"
+    )
     axes.set_xlim(0.5, epochs + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)

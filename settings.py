@@ -57,7 +57,7 @@ class Settings:
     graphs: bool = False  # replay training steps as CUDA graphs, where they can be
     quiet: bool = False  # show no line and no plot of a run
     pictures: Path | None = None  # your own images, one folder per class, in place of CIFAR-10
-    scenes: Path | None = None  # your own images/ and masks/; with them pictures are not used
+    scenes: Path | None = None  # your own images/ and masks/, which are used rather than pictures
     size: int = 32  # the side that your own scenes are brought to
     pass_mark: float | None = None  # in place of the notebooks' thresholds
     my_picture: Path | None = None  # an image file for the trained model to label
@@ -100,7 +100,7 @@ class Settings:
     @property
     def digits(self) -> Settings:
         """What MNIST is trained with: beside your own pictures, the quick profile."""
-        return replace(self, profile="quick") if self.pictures else self
+        return replace(self, profile="quick") if self.pictures and not self.scenes else self
 
     @property
     def kind(self) -> str:

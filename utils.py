@@ -620,7 +620,8 @@ def _outputs(model: nn.Module, batches: Iterable, run: Settings, scored: bool = 
 def evaluate(model: nn.Module, batches: Iterable, run: Settings) -> float:
     """Percentage of labels that the model gets right: of images, or of pixels for label maps.
 
-    Raises UsageError where there is no label, or one that is no class, and for want of memory.
+    Raises UsageError where there is no label, for want of memory and, of other batches than
+    `Batches`, for a label that is none of the model's classes.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)  # correct, labels
     for logits, labels in _outputs(model, batches, run):
@@ -649,7 +650,7 @@ def evaluate_pixels(
 ) -> ClassScores:
     """Every per-pixel score from one confusion matrix, counted on the device.
 
-    Raises UsageError as `evaluate` does, and for a prediction that is none of the `classes`.
+    Raises UsageError as `evaluate` does, and for a label or prediction that is none of `classes`.
     """
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     for logits, labels in _outputs(model, batches, run):

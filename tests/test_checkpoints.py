@@ -624,7 +624,7 @@ def test_the_one_before_takes_over_from_a_damaged_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("member", "method", "problem"),
+    ("member", "method", "problem"),  # member 6 is an int64, whose bytes are no header of LZMA
     [(0, zipfile.ZIP_DEFLATED, "Error -3"), (6, zipfile.ZIP_LZMA, "Invalid or unsupported")],
 )
 def test_the_one_before_takes_over_where_unpacking_fails(
@@ -632,14 +632,26 @@ def test_the_one_before_takes_over_where_unpacking_fails(
 ):
     stopped(tmp_path, 4)
     content = bytearray((tmp_path / "toy.pt").read_bytes())
-    name = content.rindex(
-        b"archive/data/%d" % member
-    )  # in the directory, 36 bytes after its method
-    content[name - 36] ^= method  # which is 0: stored
+    name = content.rindex(b"archive/data/%d" % member)  # in the directory
+    content[name - 36] ^= method  # where its method was 0: stored
     (tmp_path / "toy.pt").write_bytes(content)
     _, digest = victim.fit(tmp_path)
     assert f"toy.pt is damaged ({problem}" in capsys.readouterr().out
     tally.add("faults", survived=digest == uninterrupted)
+
+
+def test_want_of_memory_while_reading_is_no_damage(uninterrupted, tmp_path, tally, monkeypatch):
+    stopped(tmp_path, 4)
+
+    def full(archive):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "testzip", full)
+        with pytest.raises(utils.UsageError, match="^Out of memory"):
+            victim.fit(tmp_path)
+    assert not (tmp_path / "toy.pt.damaged").exists()
+    tally.add("faults", survived=victim.fit(tmp_path)[1] == uninterrupted)
 
 
 def test_two_damaged_checkpoints_are_refused(tmp_path, tally):

@@ -175,6 +175,7 @@ def test_scenes_do_not_ungrade_the_notebook_that_has_none(tmp_path, monkeypatch)
     run = settings.settings(environ={**both, "PROFILE": "full"})
     assert run.checkpoint("segmentation-1").path.parts[-2] == "roads"
     assert str(scenes) in str(run) and str(pictures) not in str(run)
+    assert run.digits.profile == "full"
     assert settings.settings(environ={"PICTURES": str(pictures)}).pictures == pictures
 
 

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+from functools import partial
 
 import pytest
 
@@ -112,6 +114,16 @@ def test_a_number_that_no_run_gave_is_found():
 @pytest.mark.parametrize("page", [*tables.PAGES, *NOTEBOOKS])
 def test_numbers_in_prose_are_those_of_runs(page, on_record):
     assert strangers(prose()[page], measured()) == []
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_commits_in_prose_exist(page, on_record):
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    if git(["git", "rev-parse", "--is-shallow-repository"]).stdout.strip() != "false":
+        pytest.skip("a shallow clone lacks them")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for commit in re.findall(r"`([0-9a-f]{7,12})`", text):
+        assert git(["git", "cat-file", "-e", commit]).returncode == 0, commit
 
 
 def test_the_readme_gives_the_ratios_of_the_speed_benchmark(on_record):
