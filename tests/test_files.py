@@ -841,7 +841,7 @@ def test_no_batches_and_no_labels(run):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(utils.UsageError, match="no batches"):
         utils.train(model, optimizer, [], [], 1, run)
-    ignored = utils.Dataset("toy", "own", toy().images, torch.full((12,), 255), ("a", "b"))
+    ignored = utils.Dataset("toy", "own", toy().images, torch.full((12,), 255), tuple("abc"))
     with pytest.raises(utils.UsageError, match="no label to score"):
         utils.evaluate(model, utils.Batches(ignored, 4, run), run)
     some, none = utils.Batches(toy(), 4, run), utils.Batches(ignored, 4, run)
