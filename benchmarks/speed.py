@@ -304,7 +304,7 @@ def time_to_score(
         a = passed.get(goal)
         row = dict(model=task.name, metric=f"time to {goal}% of the 20% split, s", a=a, b=b)
         row.update(ratio=b / a if a and b else None, rounds=1)
-        row["b_is"] = f"{fast.name}, batch {fast.batch_size}, {epochs} epochs"
+        row["b_is"] = f"{fast.name}, batch {fast.batch_size}, {settings.in_words(epochs)}"
         rows.append(row)
     return rows
 
