@@ -6,6 +6,7 @@ Training then starts from what it finds, if that is the same run; `utils.train` 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dis
 import functools
@@ -18,6 +19,7 @@ import random
 import re
 import signal
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -131,7 +133,7 @@ class Checkpoint:
             return [], {}
         self.kept = len(state["history"])
         for name, here in self.facts.items():
-            there = state["facts"].get(name, "nothing")
+            there, here = _rounded(state["facts"].get(name, "nothing")), _rounded(here)
             if there != here:
                 back = f"set PRECISION={there}" if name == "precision" else "put it back"
                 raise UsageError(
@@ -274,7 +276,7 @@ def _describe(value) -> str:
 
 
 def _describe_function(function) -> str:
-    """Its defaults, the plain values that it takes from outside itself, and its source."""
+    """Its defaults, the plain values it takes from outside itself, its source without comments."""
     code = function.__code__
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     reads = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
@@ -284,8 +286,11 @@ def _describe_function(function) -> str:
     plain = int, float, str, tuple, Tensor
     outside = {name: _describe(item) for name, item in outside.items() if isinstance(item, plain)}
     try:
-        source = "" if code.co_name == "<lambda>" else inspect.getsource(function)
-    except OSError:  # made by exec
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        if ast.get_docstring(definition) is not None:
+            del definition.body[0]
+        source = ast.unparse(definition)
+    except (OSError, SyntaxError, TypeError):  # made by exec, or a lambda
         source = ""
     constants = [item for item in code.co_consts if not inspect.iscode(item)]
     compiled = code.co_code.hex(), code.co_names, constants
@@ -307,6 +312,11 @@ def _describe_schedule(schedule) -> str:
 
 _PROGRESS = ("optimizer", "last_epoch", "T_cur", "T_i")
 _CONSTANTS = ("_schedule_phases", "_anneal_func_type", "_milestones")  # that are private
+
+
+def _rounded(text: str) -> str:
+    """With seven digits of each fraction: the last ones depend on how a CPU adds up."""
+    return re.sub(r"\d+\.\d{7,}", lambda number: f"{float(number[0]):.7g}", text)
 
 
 def _difference(there: str, here: str) -> str:

@@ -59,14 +59,17 @@ class CapturedStep:
 
     That is what a small batch spends its time on. Each shape of batch has three ordinary steps,
     then its own graph: the short last one, too, and images that grow (`recipes.Resized`). The
-    recording is part of an epoch's seconds. Losses and layers that ask for a value, or draw on the
-    CPU, can't be replayed: `utils.settings(graphs=False)` is for them.
+    recording is part of an epoch's seconds. Where a schedule changes more of the optimizer than its
+    rates, steps are ordinary from then on. Losses and layers that ask for a value, draw on the CPU,
+    or read in Python what changes from step to step can't be replayed:
+    `utils.settings(graphs=False)` is for them.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None], optimizer: torch.optim.Optimizer):
         self.step, self.seen, self.graphs = step, Counter(), {}
         self.groups = optimizer.param_groups  # settled: their rates are what a graph reads
         self.rates = [group["lr"] for group in self.groups]
+        self.fixed = self.constants()
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
@@ -74,8 +77,10 @@ class CapturedStep:
             if group["lr"] is not rate:  # some schedules put a number in its place
                 rate.fill_(group["lr"])
                 group["lr"] = rate
+        if self.fixed and self.constants() != self.fixed:
+            self.graphs, self.fixed = {}, None
         shape = images.shape
-        if shape not in self.graphs and self.seen[shape] == 3:
+        if self.fixed and shape not in self.graphs and self.seen[shape] == 3:
             self.graphs[shape] = self.record(images.clone(), labels.clone())
         if shape in self.graphs:
             graph, kept_images, kept_labels = self.graphs[shape]
@@ -90,6 +95,11 @@ class CapturedStep:
                 self.step(images.clone(), labels.clone())  # aligned as those of a recording
         finally:
             torch.cuda.current_stream().wait_stream(self.stream)
+
+    def constants(self) -> list[list]:
+        """What the optimizer reads in Python, which a recording keeps as it was."""
+        names = "params", "lr", "initial_lr"
+        return [[v for k, v in sorted(g.items()) if k not in names] for g in self.groups]
 
     def record(self, images: Tensor, labels: Tensor):
         """(graph, images, labels): what a replay reads, and does. Nothing is run."""

@@ -39,14 +39,19 @@ class Muon(torch.optim.AdamW):
         self, model: nn.Module, lr: float = 0.1, adamw_lr: float = 5e-3, momentum: float = 0.8
     ):
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
-        self.filters = [m.weight for m in convolutions if m.weight.requires_grad]
-        known = {id(p) for p in self.filters}
+        filters = [m.weight for m in convolutions if m.weight.requires_grad]
+        known = {id(p) for p in filters}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-        if not self.filters:
+        if not filters:
             raise UsageError(f"{type(model).__name__} has no convolution without a bias for Muon.")
-        groups = [dict(params=self.filters, lr=lr, momentum=momentum), dict(params=rest)]
+        groups = [dict(params=filters, lr=lr, momentum=momentum), dict(params=rest)]
         super().__init__(groups, adamw_lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.defaults |= dict(lr=lr, adamw_lr=adamw_lr, momentum=momentum)
+
+    @property
+    def filters(self) -> list[nn.Parameter]:
+        """The weights that Muon steps."""
+        return self.param_groups[0]["params"]
 
     @torch.no_grad()
     def step(self):

@@ -235,10 +235,11 @@ def main() -> None:
     if os.environ.get("PROFILE") != "quick":
         os.environ["PROFILE"] = "full"
     matplotlib.use("agg")
+    tags = {"definition", "trials", *trials.asked}
     if trials.asked & set(CLASSIFICATION):
-        report.notebook_definitions("imageclassification.ipynb", {"definition", "trials"})
+        report.notebook_definitions("imageclassification.ipynb", tags)
     if trials.asked & set(SEGMENTATION):
-        report.notebook_definitions("imagesegmentation.ipynb", {"definition", "trials"})
+        report.notebook_definitions("imagesegmentation.ipynb", tags)
 
 
 if __name__ == "__main__":

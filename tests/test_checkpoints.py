@@ -224,6 +224,16 @@ def test_another_loader_or_schedule_is_refused(fact, before, after, tmp_path, ta
     tally.add("faults")
 
 
+def test_a_last_digit_makes_no_other_run(tmp_path):
+    """A sum of floats ends in another digit on a CPU that adds them up in another order."""
+    checkpoint, parts = checkpoints.Checkpoint(tmp_path / "run.pt"), {"model": victim.model()}
+    checkpoint.start(parts, {"batches": "mean 0.13079522489535841, lr 1.2345678901e-05"})
+    checkpoint.save(utils.History(), torch.zeros(2, 1, 8, 8))
+    checkpoint.start(parts, {"batches": "mean 0.13079522489535838, lr 1.2345678902e-05"})
+    with pytest.raises(utils.UsageError, match="0.1307952, .* now .mean 0.130796"):
+        checkpoint.start(parts, {"batches": "mean 0.13079622489535841, lr 1.2345678901e-05"})
+
+
 def test_the_same_objects_go_on_after_an_interruption(tmp_path):
     weights = []
     for cut in (False, True):
@@ -352,6 +362,16 @@ def a_loss(gamma=2.0, floor=FLOOR):
     return loss
 
 
+def a_commented_loss(gamma=2.0, floor=FLOOR):
+    def loss(logits, labels, ignore_index, power=gamma):
+        """The same, to a reader."""
+        # by class
+        terms = F.cross_entropy(logits, labels, ignore_index=ignore_index, weight=floor)
+        return FACTOR * terms**power + gamma  # to a power
+
+    return loss
+
+
 def another_loss(gamma=2.0, floor=FLOOR):
     def loss(logits, labels, ignore_index, power=gamma):
         terms = F.cross_entropy(logits, labels, ignore_index=ignore_index, weight=floor)
@@ -363,10 +383,12 @@ def another_loss(gamma=2.0, floor=FLOOR):
 def test_a_loss_is_told_by_its_source_its_defaults_and_what_it_takes_from_outside(monkeypatch):
     def facts(loss):
         text = checkpoints._describe(loss)
-        return re.sub(r" at 0x\w+", "", text).replace("another_loss", "a_loss")
+        text = re.sub(r" at 0x\w+", "", text)
+        return text.replace("another_loss", "a_loss").replace("a_commented_loss", "a_loss")
 
     first = facts(a_loss())
-    assert facts(a_loss()) == first and "**power + gamma" in first
+    assert facts(a_loss()) == first and "** power + gamma" in first
+    assert facts(a_commented_loss()) == first
     others = [a_loss(gamma=3.0), a_loss(floor=torch.ones(2)), another_loss()]
     others += [partial(a_loss(), power=3.0), partial(a_loss(), power=4.0)]
     others += [partial(a_loss(), power=torch.tensor(4.0))]

@@ -733,6 +733,20 @@ def test_trials_asks_the_full_data(profile, then, monkeypatch):
     assert read == ["imageclassification.ipynb"]
 
 
+@pytest.mark.parametrize("question", trials.CLASSIFICATION)
+def test_a_question_alone_reads_no_more_than_it_needs(question, monkeypatch):
+    asked, read = [], []
+    answer = lambda question, *_: asked.append(question) if question in trials.asked else None  # noqa: E731
+    monkeypatch.setattr(trials, "compare", answer)
+    cifar10 = utils.load_cifar10
+    monkeypatch.setattr(utils, "load_cifar10", lambda run: read.append("CIFAR-10") or cifar10(run))
+    monkeypatch.setenv("PROFILE", "quick")
+    monkeypatch.setattr(sys, "argv", ["trials.py", question])
+    monkeypatch.setattr(trials, "asked", None)
+    trials.main()
+    assert asked == [question] and bool(read) == (question != "mnist")
+
+
 def test_the_notebooks_ask_every_question_when_trials_runs_them(monkeypatch):
     asked, read = {}, report.notebook_definitions
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import random
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,6 +120,11 @@ def test_bfloat16_costs_three_tenths_of_a_point_at_most_beyond_chance(run, class
     assert statistics.mean(gains) >= -0.3 - chance, accuracy
 
 
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
 def test_a_captured_step_sees_every_batch(monkeypatch):
     """The recording's bookkeeping, with graphs that replay on the CPU: not a test of CUDA."""
     seen, tapes, recorded = [], {}, []
@@ -140,12 +146,8 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
         else:
             seen.append((images.clone(), labels.clone()))
 
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -166,6 +168,26 @@ def test_a_captured_step_sees_every_batch(monkeypatch):
     assert len(tapes) == 2 and len(seen) == len(batches)
     for (images, labels), (x, y) in zip(seen, batches, strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
+
+
+def test_a_step_is_no_longer_replayed_once_what_it_was_recorded_with_has_changed(monkeypatch):
+    """A recording would keep the momentum and the weight decay that it was made with."""
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], 0.1)
+    graphs.settle(optimizer, replayed=True)
+    ran, replayed = [], SimpleNamespace(replay=lambda: ran.append("replayed"))
+    captured = graphs.CapturedStep(lambda images, labels: ran.append("run"), optimizer)
+    monkeypatch.setattr(captured, "record", lambda *batch: (replayed, *batch))
+    batch, (group,) = (torch.zeros(4, 1), torch.zeros(4)), optimizer.param_groups
+    for step in range(12):
+        group["lr"] = 0.1 * step  # a rate is no reason
+        if step == 6:
+            group["weight_decay"] = 0.3
+        captured(*batch)
+    assert ran == 3 * ["run"] + 3 * ["replayed"] + 6 * ["run"]
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()), None])
