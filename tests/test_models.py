@@ -66,12 +66,32 @@ def test_a_block_adds_its_path_to_its_input(classification):
 
 
 def test_both_notebooks_define_the_same_block(classification, segmentation):
+    block, other = (notebook.ResBlock(4, 6, 2) for notebook in (classification, segmentation))
     x = torch.randn(2, 4, 8, 8)
-    outputs = []
-    for notebook in (classification, segmentation):
-        torch.manual_seed(0)
-        outputs.append(notebook.ResBlock(4, 6, 2)(x))
-    assert torch.equal(*outputs)
+    other.load_state_dict(block.state_dict())
+    assert torch.equal(block(x), other(x))
+
+
+def test_the_best_on_digits_normalises_five_convolutions(classification):
+    model = classification.DigitNet()
+    assert convolutions(model) == [(1, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 5
+    assert sum(isinstance(m, nn.MaxPool2d) for m in model.modules()) == 2
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_convolutions_move_into_the_paths(classification, length):
+    model = classification.in_paths(4, 10, length)
+    paths = [m for m in model.modules() if isinstance(m, classification.LongBlock)]
+    assert [len(convolutions_of(block.path)) for block in paths] == 3 * [length]
+    inside = sum(len(convolutions_of(block)) for block in paths)
+    assert len(convolutions_of(model)) - inside == 2  # the first convolution and the fourth
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    for block in paths:
+        nn.init.zeros_(block.path[-1].weight)
+        x = torch.randn(2, block.path[0].in_channels, 6, 6)
+        assert torch.equal(block.eval()(x), block.skip(x).relu())
 
 
 def test_each_rung_adds_to_the_one_before(segmentation):

@@ -1,9 +1,11 @@
 """The notebooks run as plain scripts, in the full profile too, and read as notebooks should."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -242,6 +244,25 @@ def test_what_to_expect_is_what_the_readme_says(name, monkeypatch):
         said[profile] = scope["expected"]
         monkeypatch.undo()
     assert said == dict(quick=quick, short=short, full=full)
+
+
+def test_a_students_models_are_graded_in_the_authors_notebook(tmp_path, monkeypatch):
+    """By the README's lines: of the student's cells only those with models count."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (lines,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "theirs" in x]
+    name = "imageclassification.ipynb"
+    ours, theirs = (nbformat.read(ROOT / name, 4) for _ in range(2))
+    for cell in theirs.cells:
+        cell.source = f"# the student's\n{cell.source}"
+    nbformat.write(ours, tmp_path / name)
+    nbformat.write(theirs, tmp_path / "theirs.ipynb")
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(lines), {})
+    found = nbformat.read(tmp_path / name, 4)
+    assert len(found.cells) == len(ours.cells)
+    for cell, our_cell, their_cell in zip(found.cells, ours.cells, theirs.cells, strict=True):
+        model = "definition" in cell.metadata.get("tags", [])
+        assert cell == dict(our_cell, source=their_cell.source) if model else cell == our_cell
 
 
 def test_pytest_trains_anew_unless_a_folder_is_named(tmp_path, monkeypatch):
