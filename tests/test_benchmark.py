@@ -77,6 +77,20 @@ def test_time_to_score_counts_the_epochs_up_to_the_score(run, monkeypatch):
     ]
 
 
+def test_the_ladder_is_trained_with_muon_and_the_fast_net_as_in_its_table(run, monkeypatch):
+    tasks, seen = {task.name: task for task in small_tasks(run)}, []
+    tasks["fast"] = speed.fast_net(tasks["cifar10"], run, 2)
+    monkeypatch.setattr(utils, "train", train_giving(utils.History([[1] * 6]), seen))
+    for name in ("cifar10", "segmentation-1", "fast"):
+        speed.Ours(tasks[name], tasks[name].training, tasks[name].validation, run).fit(2, [])
+    kinds = [(type(x["optimizer"]).__name__, type(x["schedule"]).__name__) for x in seen]
+    assert kinds == [("AdamW", "OneCycleLR"), ("Muon", "LinearLR"), ("Muon", "LinearLR")]
+    fast = seen[2]
+    assert fast["batches"].sizes == (24, 32) and fast["batches"].flip and fast["batches"].shift == 2
+    assert fast["loss_function"].keywords == dict(label_smoothing=0.1)
+    assert report.parameters(fast["model"]) == 146_442  # as in its table
+
+
 def test_both_sides_see_the_same_images(run):
     """Without moves, A's images are B's but for the rounding of float32."""
     task = next(small_tasks(run))
