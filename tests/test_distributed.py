@@ -19,8 +19,8 @@ def start(processes, script, *arguments, cwd, **environ):
     """Run a script alone or by torchrun; returns what it printed."""
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = together if processes > 1 else []
-    here = dict(PROFILE="quick", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return run_python(*launcher, script, *arguments, cwd=cwd, timeout=300, **here, **environ)
+    here = dict(PROFILE="quick", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | environ
+    return run_python(*launcher, script, *arguments, cwd=cwd, timeout=600, **here)
 
 
 @windows_cannot
@@ -53,19 +53,36 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert loaded["confusion"] == two["confusion"]
 
 
-@windows_cannot
 @pytest.mark.parametrize("notebook, passed", [("imageclassification", 2), ("imagesegmentation", 1)])
-def test_a_notebook_runs_under_torchrun(notebook, passed, tmp_path):
-    export(notebook, tmp_path, questions=set())
-    kept = tmp_path / "kept"
-    environ = dict(EPOCHS="1", THRESHOLD="0", MPLBACKEND="agg", CHECKPOINT_DIR=str(kept))
-    out = start(2, f"{notebook}.py", cwd=tmp_path, **environ)
-    assert out.count(": passed, or no threshold set") == passed  # one process prints
-    records = report.load_records(tmp_path / "figures" / "quick")
-    assert [record["run"] for record in records] == RUNS[notebook]
-    assert all(record["device"].startswith("2 x ") for record in records)
-    stems = {path.stem for path in (kept / "quick").glob("*.pt")}
-    assert all({run, f"{run}-0"} & stems for run in RUNS[notebook])  # some are named by seed
+def test_the_full_profile_runs_under_torchrun_and_as_a_script(
+    notebook, passed, full_data, tmp_path
+):
+    """All models at their full width, on tiny files in the full data's formats; no threshold.
+
+    Two processes train, where torchrun starts; one then loads what they left.
+    """
+    export(notebook, tmp_path, questions={"mnist", "scenes"})
+    kept, processes = tmp_path / "kept", 1 if sys.platform == "win32" else 2
+    environ = dict(PROFILE="full", EPOCHS="1", THRESHOLD="0", DATA_DIR=str(full_data))
+    environ |= dict(MPLBACKEND="agg", CHECKPOINT_DIR=str(kept))
+    script, runs = f"{notebook}.py", RUNS[notebook]
+    trained = len(runs) + 4 * len({"mnist-best", "cifar10-94"} & set(runs))  # from five seeds
+
+    out = start(processes, script, cwd=tmp_path, **environ)
+    assert out.count("epoch 1/1: ") == trained  # one process prints
+    assert out.count(": passed, or no threshold set") == passed
+    assert all({run, f"{run}-0"} & {path.stem for path in kept.glob("*.pt")} for run in runs)
+    again = start(1, script, cwd=tmp_path, **environ)  # finished runs are loaded
+    assert again.count("Found 1 of 1 epochs in") == trained and "epoch 1/1: " not in again
+
+    records = report.load_records(tmp_path / "figures")
+    assert [record["run"] for record in records] == runs
+    assert {r["epochs"] for r in records} == {1} and {r["profile"] for r in records} == {"full"}
+    assert processes == 1 or all(record["device"].startswith("2 x ") for record in records)
+    assert records[-1]["source"] == utils.NOT_PUBLISHED  # other digits in MNIST's four files
+    assert report.write_up(records[-1]) is None
+    assert all((tmp_path / "figures" / f"{run}.png").exists() for run in runs)
+    assert not (tmp_path / "figures" / "quick").exists()
 
 
 def test_batches_that_are_too_small_to_share_are_refused(run, monkeypatch):

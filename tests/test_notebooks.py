@@ -20,30 +20,7 @@ from torch import nn
 import recipes
 import report
 import utils
-from conftest import NOTEBOOKS, ROOT, RUNS, cell_with, export, run_python, train_giving
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_the_full_profile_runs_as_a_script(name, full_data, tmp_path):
-    """All models at their full width, on tiny files in the full data's formats; no threshold."""
-    stem = name.removesuffix(".ipynb")
-    export(stem, tmp_path, questions={"mnist", "scenes"})
-    environ = dict(PROFILE="full", EPOCHS="1", DATA_DIR=str(full_data))
-    environ |= dict(MPLBACKEND="agg", CHECKPOINT_DIR=str(tmp_path / "kept"), THRESHOLD="0")
-
-    run_script = partial(run_python, f"{stem}.py", cwd=tmp_path, **environ)
-    from_five_seeds = {"mnist-best", "cifar10-94"} & set(RUNS[stem])
-    trained = len(RUNS[stem]) + 4 * len(from_five_seeds)
-    assert run_script().count("epoch 1/1: ") == trained
-    again = run_script()  # finished runs are loaded
-    assert again.count("Found 1 of 1 epochs in") == trained and "epoch 1/1: " not in again
-    records = report.load_records(tmp_path / "figures")
-    assert [r["run"] for r in records] == RUNS[stem]
-    assert {r["epochs"] for r in records} == {1} and {r["profile"] for r in records} == {"full"}
-    assert records[-1]["source"] == utils.NOT_PUBLISHED  # other digits in MNIST's four files
-    assert report.write_up(records[-1]) is None
-    assert all((tmp_path / "figures" / f"{r['run']}.png").exists() for r in records)
-    assert not (tmp_path / "figures" / "quick").exists()
+from conftest import NOTEBOOKS, ROOT, cell_with, train_giving
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
