@@ -428,9 +428,10 @@ def show_mistakes(dataset: Dataset, predictions: Tensor, probabilities: Tensor) 
     if len(worst) == 0:
         print("There are no mistakes.")
         return
-    names, sure = dataset.classes, (100 * probabilities).round().int()
+    names, sure = dataset.classes, 100 * probabilities  # the surest differ in their decimals alone
     titles = [
-        f"says {names[predictions[i]]}, {sure[i]}%\nlabel {names[dataset.labels[i]]}" for i in worst
+        f"says {names[predictions[i]]}, {sure[i]:.2f}%\nlabel {names[dataset.labels[i]]}"
+        for i in worst
     ]
     show_images(dataset.images[worst], titles)
 
@@ -455,17 +456,22 @@ def calibration(right: Tensor, probabilities: Tensor, bins: int = 10) -> tuple[T
 def show_calibration(models: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """A reliability diagram of (right, probabilities) for each model, see `calibration`.
 
-    A bin of fewer than 20 predictions is left out of the picture, as its share is mostly chance.
+    A bin of fewer than 20 predictions is left out of it, as its share is mostly chance. Below it is
+    the share of all predictions that each bin has.
     """
-    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    figure, (axes, below) = plt.subplots(
+        2, figsize=(4.6, 5.2), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
     axes.plot([0, 100], [0, 100], color="black", ls="--", lw=1, label="perfectly calibrated")
     for (name, predictions), marker in zip(models.items(), itertools.cycle("os^Dv"), strict=False):
         (sure, share, count), error = calibration(*predictions)
         shown = count >= 20
         label = f"{name}: ECE {error:.1f}%"
         axes.plot(sure[shown].numpy(), share[shown].numpy(), marker=marker, label=label)
-    axes.set(xlabel="confidence, %", ylabel="accuracy, %", title="reliability diagram")
-    axes.set(xlim=(0, 102), ylim=(0, 102))
+        edges = torch.linspace(0, 100, len(count) + 1)
+        below.stairs((100 * count / count.sum()).numpy(), edges.numpy())
+    axes.set(ylabel="accuracy, %", title="reliability diagram", xlim=(0, 102), ylim=(0, 102))
+    below.set(xlabel="confidence, %", ylabel="predictions, %")
     axes.legend(loc="lower right", fontsize=8)
     plt.show()
 

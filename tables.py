@@ -166,8 +166,8 @@ def questions() -> str:
         rows = [row for row in trials.load(FIGURES) if row["question"] == question]
         table = "not measured"
         if rows:
-            made = dict.fromkeys(f"{r['precision']}, commit {r['commit']}" for r in rows)
-            table = f"{trials.table(rows)}\n{'; '.join(made)}, {rows[0]['date'][:10]}"
+            made = dict.fromkeys(row["commit"] for row in rows)
+            table = f"{trials.table(rows)}\ncommit {', '.join(made)}, {rows[0]['date'][:10]}"
         parts.append(f"{words}\n\n```\n{table}\n```")
     return "\n\n".join(parts)
 

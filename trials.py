@@ -201,7 +201,7 @@ def table(rows: Sequence[dict]) -> str:
     ]
     lines[0] += f"{'mean IoU %':>11}" * pixels + f"{'jitter':>8}" * jitters
     if apart:  # the mean IoU's spread, and its two halves
-        lines[0] += f"{'spread':>8}{'digits':>8}{'others':>8}"
+        lines[0] += f"{'spread':>8}{'digits':>8}{'backgrounds':>13}"
     for row in rows:
         lines.append(
             f"{row['variant']:<{wide}}{row['parameters']:>11,}"
@@ -213,13 +213,13 @@ def table(rows: Sequence[dict]) -> str:
         if jitters:
             lines[-1] += f"{row['jitter']:>8.2f}"
         if apart:
-            halves = row["iou_spread"], row["digits_iou"], row["backgrounds_iou"]
-            lines[-1] += "".join(f"{value:>8.2f}" for value in halves)
+            lines[-1] += f"{row['iou_spread']:>8.2f}{row['digits_iou']:>8.2f}"
+            lines[-1] += f"{row['backgrounds_iou']:>13.2f}"
     row = rows[0]
-    devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
+    devices, precisions = (dict.fromkeys(r[key] for r in rows) for key in ("device", "precision"))
     lines.append(
         f"{len(row['seeds'])} seeds each, {settings.in_words(row['epochs'])}; {row['dataset']} "
-        f"({row['source']}), {row['split']}; {devices}"
+        f"({row['source']}), {row['split']}; {', '.join(precisions)}; {', '.join(devices)}"
     )
     return "\n".join(lines)
 

@@ -394,6 +394,11 @@ class Batches:
     def _normalise(self, pixels: Tensor) -> Tensor:
         return torch.addcmul(self.offset, pixels.float(), self.scale).permute(0, 3, 1, 2)
 
+    def pixels_of(self, images: Tensor) -> Tensor:
+        """Normalised images, float32 (B, C, H, W), as uint8 on the CPU again, to be looked at."""
+        offset, scale = (one[0, 0].view(-1, 1, 1) for one in (self.offset, self.scale))
+        return ((images - offset) / scale).round().clamp(0, 255).to(torch.uint8).cpu()
+
 
 def _reflect(index: Tensor, size: int) -> Tensor:
     """Indices just outside 0 to size - 1 folded back inside, the edge not repeated."""

@@ -57,6 +57,19 @@ def test_images_are_normalised_as_torchvision_does(run):
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalised_images_can_be_looked_at(run, channels):
+    dataset = numbered(20, channels)
+    even = torch.cat([dataset.images, torch.full((1, channels, 8, 8), 9, dtype=torch.uint8)])
+    for data in (dataset, dataclasses.replace(dataset, images=even[-1:].expand(20, -1, -1, -1))):
+        batches = utils.Batches(data, 20, run)
+        images, _ = next(iter(batches))
+        assert torch.equal(batches.pixels_of(images), data.images)
+    smaller = batches.pixels_of(images[..., :5, :5])  # as recipes.Resized makes them
+    assert smaller.shape == (20, channels, 5, 5) and (smaller == 9).all()
+    assert batches.pixels_of(1e6 * torch.ones(1, channels, 1, 1)).unique().tolist() == [255]
+
+
 def test_batches_are_channels_last(run):
     for flip in (False, True):
         images, _ = next(iter(utils.Batches(numbered(), 16, run, flip=flip)))

@@ -400,6 +400,8 @@ def test_calibration(shown):
     lines = shown[-1].axes[0].lines
     assert [len(line.get_xdata()) for line in lines] == [2, 1, 1]  # a bin of ten is left out
     assert lines[1].get_label() == "one: ECE 13.8%"
+    (bars, _) = shown[-1].axes[1].patches
+    assert bars.get_data().values.tolist() == 6 * [0] + [50, 25, 0, 25]  # percent of 40
 
 
 def test_thresholds_say_what_was_loaded():

@@ -631,7 +631,8 @@ def test_a_row_of_a_question_is_what_its_runs_had(run, pictures, monkeypatch):
     assert (row["mean"], row["seconds"]) == (72, 8) and row["recipe"].endswith(", partial")
     assert row["spread"] == pytest.approx(8**0.5)  # 70 and 74, each 2 from the mean, over n - 1
     assert row["jitter"] == pytest.approx((4 + 6 + 10 + 4) / 4)  # from the second epoch on
-    assert trials.table([row, {**row, "device": "another"}]).endswith("; a CPU, a GPU, another")
+    line = trials.table([row, {**row, "device": "another"}]).splitlines()[-1]
+    assert line.endswith("; float32; a CPU, a GPU, another")
 
 
 def test_a_variant_may_have_a_loss_of_its_own(run, pictures, tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def test_the_surest_mistakes_are_shown_with_both_names(monkeypatch):
     images = torch.zeros(14, 1, 4, 4, dtype=torch.uint8)
     data = utils.Dataset("two", "own", images, torch.zeros(14).long(), ("a", "b"))
     report.show_mistakes(data, torch.tensor([0, 0] + [1] * 12), torch.arange(14) / 20)
-    assert titles == [f"says b, {5 * n}%\nlabel a" for n in range(13, 3, -1)]
+    assert titles == [f"says b, {5 * n}.00%\nlabel a" for n in range(13, 3, -1)]
 
 
 def test_pictures_of_odd_data_sets(shown):
