@@ -43,7 +43,7 @@ from types import SimpleNamespace
 
 THRESHOLD, best_model, cifar = 70.0, "first", SimpleNamespace(name="photographs")
 models = {name: SimpleNamespace(model=name) for name in ("first", "second")}
-mnist_model, cifar_model, digits, run = "mnist", "cifar", None, None
+mnist_model, cifar_model, mnist_run, run = "mnist", "cifar", None, None
 mnist_validation_batches, cifar_validation_batches, validation = "digits", "pictures", "scenes"
 right = {("mnist", "digits"), ("cifar", "pictures"), ("first", "scenes")}
 utils = SimpleNamespace(evaluate=lambda model, data, run: SCORE if (model, data) in right else 99)
@@ -140,7 +140,7 @@ def test_the_settings_cell_says_what_the_later_cells_do(name, run):
         scope = dict(run=run, replace=replace)
         exec(source.replace("RESUME = run.resume", line), scope)
         assert scope["run"].resume is scope["run"].digits.resume is resume
-        assert scope.get("digits", scope["run"]).resume is resume
+        assert scope.get("mnist_run", scope["run"]).resume is resume
         assert scope["MY_PICTURE"] == Path("mine.png")
 
 
@@ -193,7 +193,7 @@ def test_a_first_model_that_was_stopped_stops_run_all(name, run, monkeypatch):
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     data = utils.Dataset("toy", "sample", images, torch.arange(4) % 2, ("a", "b"))
     batches = utils.Batches(data, 2, run)
-    scope = dict(torch=torch, utils=utils, run=run, digits=run, SEED=0, MnistCNN=model)
+    scope = dict(torch=torch, utils=utils, run=run, mnist_run=run, SEED=0, MnistCNN=model)
     scope |= dict(CifarResNet=model, cifar=data, CIFAR_RUN="cifar10")
     for kind in ("mnist", "cifar"):
         scope |= {f"{kind}_batches": batches, f"{kind}_validation_batches": batches}
