@@ -126,6 +126,13 @@ def test_commits_in_prose_exist(page, on_record):
         assert git(["git", "cat-file", "-e", commit]).returncode == 0, commit
 
 
+def ratios_on_amx(name):
+    """The lowest and the highest of the models' ratios of training speed."""
+    rows = json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))["rows"]
+    ratios = [row["ratio"] for row in rows if row["metric"].startswith("training,")]
+    return f"{min(ratios):.3g} to {max(ratios):.3g}"
+
+
 def test_the_readme_gives_the_ratios_of_the_speed_benchmark(on_record):
     rows = json.loads((ROOT / "benchmarks" / "speed.json").read_text(encoding="utf-8"))["rows"]
     ratio = {(row["model"], row["metric"]): row["ratio"] for row in rows}
@@ -140,6 +147,8 @@ def test_the_readme_gives_the_ratios_of_the_speed_benchmark(on_record):
         f"flipped and moved, is {min(moved)} to {max(moved)} times as fast",
         "write-up's best scores {:.3g} (mnist) and {:.3g} (cifar10) times sooner".format(*sooner),
     )
+    said += (f"A's speed in bfloat16, {ratios_on_amx('speed_amx_float32.json')} in float32",)
+    said += (f"had {ratios_on_amx('speed_amx.json')} times A's speed in bfloat16",)
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert [sentence for sentence in said if sentence not in readme] == []
 
