@@ -1,6 +1,10 @@
-"""Two processes on the CPU do what one does: same batches, same losses, same checkpoint."""
+"""Two processes on the CPU do what one does: same batches, same losses, same checkpoint.
+
+And the notebooks run as plain scripts, in the full profile, too.
+"""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -68,21 +72,25 @@ def test_the_full_profile_runs_under_torchrun_and_as_a_script(
     script, runs = f"{notebook}.py", RUNS[notebook]
     trained = len(runs) + 4 * len({"mnist-best", "cifar10-94"} & set(runs))  # from five seeds
 
+    def are_recorded():
+        records = report.load_records(tmp_path / "figures")
+        assert [record["run"] for record in records] == runs
+        assert {r["epochs"] for r in records} == {1} and {r["profile"] for r in records} == {"full"}
+        assert processes == 1 or all(r["device"].startswith("2 x ") for r in records)
+        assert records[-1]["source"] == utils.NOT_PUBLISHED  # other digits in MNIST's four files
+        assert report.write_up(records[-1]) is None
+        assert all((tmp_path / "figures" / f"{run}.png").exists() for run in runs)
+        assert not (tmp_path / "figures" / "quick").exists()
+
     out = start(processes, script, cwd=tmp_path, **environ)
     assert out.count("epoch 1/1: ") == trained  # one process prints
     assert out.count(": passed, or no threshold set") == passed
     assert all({run, f"{run}-0"} & {path.stem for path in kept.glob("*.pt")} for run in runs)
+    are_recorded()
+    shutil.rmtree(tmp_path / "figures")
     again = start(1, script, cwd=tmp_path, **environ)  # finished runs are loaded
     assert again.count("Found 1 of 1 epochs in") == trained and "epoch 1/1: " not in again
-
-    records = report.load_records(tmp_path / "figures")
-    assert [record["run"] for record in records] == runs
-    assert {r["epochs"] for r in records} == {1} and {r["profile"] for r in records} == {"full"}
-    assert processes == 1 or all(record["device"].startswith("2 x ") for record in records)
-    assert records[-1]["source"] == utils.NOT_PUBLISHED  # other digits in MNIST's four files
-    assert report.write_up(records[-1]) is None
-    assert all((tmp_path / "figures" / f"{run}.png").exists() for run in runs)
-    assert not (tmp_path / "figures" / "quick").exists()
+    are_recorded()
 
 
 def test_batches_that_are_too_small_to_share_are_refused(run, monkeypatch):

@@ -1,4 +1,4 @@
-"""The notebooks run as plain scripts, in the full profile too, and read as notebooks should."""
+"""The notebooks read as notebooks should, and grade as the README says."""
 
 import json
 import re
